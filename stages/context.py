@@ -11,11 +11,13 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 Report = Callable[[dict[str, Any]], None]
-"""Takes one event: `{"type": "metrics", "metrics", "step", "about"}` or `{"type": "progress", "done", "total", "unit"}`."""
+"""Takes one event: `{"type": "metrics", "metrics", "step", "about"}` or `{"type": "progress", "done", "total",
+"unit"}`."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Context(Protocol):
     def map(self, function: Callable[..., Any], items: Iterable[Any], *, resources: Any = None) -> Iterator[Any]:
         """Apply `function` to every item, in parallel where possible; results come in item order.
 
-        `function` is picklable: a module-level function, `functools.partial` of one, or an instance of a class
-        that is built once per worker and called once per item.
+        `function` is picklable: a module-level function, a class that is built once per worker and whose instance
+        is then called once per item, or a `functools.partial` of either.
         """
         ...
 
@@ -120,7 +122,7 @@ class LocalContext:
 
     def map(self, function: Callable[..., Any], items: Iterable[Any], *, resources: Any = None) -> Iterator[Any]:
         """See `Context.map`."""
-        return map(function, items)
+        return map(function() if is_class(function) else function, items)
 
     def gang(
         self, function: Callable[[Any, Worker], Any], config: Any, *, num_workers: int, resources: Any = None
@@ -151,6 +153,11 @@ class LocalContext:
     def cancelled(self) -> bool:
         """A local run is cancelled by a signal to its process."""
         return False
+
+
+def is_class(function: Callable[..., Any]) -> bool:
+    """True for a class or a `functools.partial` of one: it is to be built before it is called with items."""
+    return isinstance(function.func if isinstance(function, partial) else function, type)
 
 
 def free_port() -> int:

@@ -26,12 +26,15 @@ class EpisodeFormat(Record):
     """How a fact and its question are written."""
 
     fact: str = KEY_MARKER + "{key}{value}"
-    """Text with `{key}` and `{value}` in this order. The default is for small models; a large one reads
-    "\\nThe pass key for{key} is{value}.\\n" (values begin with a space)."""
+    """Text with `{key}` and `{value}` in this order. The default is for small models; for a large one, with
+    `draw_from` "words": "\\nThe pass key for{key} is{value}.\\n"."""
     question: str = ASK_MARKER + "{key}"
     """Text with `{key}`; the model continues it with the value."""
     key_tokens: int = Field(default=1, ge=1)
     value_tokens: int = Field(default=1, ge=1)
+    draw_from: Literal["pieces", "words"] = "pieces"
+    """pieces: keys and values are drawn from all alphanumeric tokens. words: only from those that begin with a space,
+    as running text has them; a vocabulary of a few hundred may hold too few."""
 
     @model_validator(mode="after")
     def _placeholders(self) -> EpisodeFormat:
@@ -66,10 +69,13 @@ class EpisodeWriter:
         return sum(map(len, self.question_pieces)) + self.key_tokens
 
     def draw(self, rng: np.random.Generator, num_facts: int, split: Split) -> list[tuple[list[int], list[int]]]:
-        """`num_facts` pairs of key and value ids; no token occurs twice among the keys, nor among the values."""
-        keys = rng.choice(self.keys[split], size=(num_facts, self.key_tokens), replace=False)
-        values = rng.choice(self.values, size=(num_facts, self.value_tokens), replace=False)
-        return list(zip(keys.tolist(), values.tolist(), strict=True))
+        """`num_facts` pairs of key and value ids; no token occurs twice among the keys, nor among the values.
+
+        Raises ValueError if a pool holds fewer tokens than that takes.
+        """
+        keys = _distinct(rng, self.keys[split], num_facts, self.key_tokens)
+        values = _distinct(rng, self.values, num_facts, self.value_tokens)
+        return list(zip(keys, values, strict=True))
 
     def fact(self, key: Sequence[int], value: Sequence[int]) -> list[int]:
         """The ids of a planted fact."""
@@ -97,22 +103,40 @@ def episode_writer(style: EpisodeFormat, tokenizer: Any, info: TokenizerInfo) ->
     head, rest = style.fact.split("{key}")
     between, tail = rest.split("{value}")
     ask, end = style.question.split("{key}")
-    keys, values = _pools(tokenizer, info)
+    keys, values = _pools(tokenizer, info, style.draw_from)
     return EpisodeWriter(
         (ids(head), ids(between), ids(tail)), (ids(ask), ids(end)), style.key_tokens, style.value_tokens, keys, values
     )
 
 
-def _pools(tokenizer: Any, info: TokenizerInfo) -> tuple[dict[Split, tuple[int, ...]], tuple[int, ...]]:
+def _distinct(rng: np.random.Generator, pool: Sequence[int], num_items: int, item_tokens: int) -> list[list[int]]:
+    if num_items * item_tokens > len(pool):
+        raise ValueError(
+            f"{num_items} facts of {item_tokens} tokens need as many different tokens, but only {len(pool)} of the "
+            "tokenizer are set aside for them: plant fewer facts, make them shorter, or take a larger vocabulary"
+        )
+    # Indices first: numpy would turn the whole pool into an array at every call.
+    chosen = rng.choice(len(pool), size=(num_items, item_tokens), replace=False)
+    return [[pool[index] for index in item] for item in chosen.tolist()]
+
+
+def _pools(
+    tokenizer: Any, info: TokenizerInfo, draw_from: Literal["pieces", "words"]
+) -> tuple[dict[Split, tuple[int, ...]], tuple[int, ...]]:
     special = set(tokenizer.all_special_ids) | set(info.added_tokens.values())
+    texts = {index: tokenizer.decode([index]) for index in range(info.vocab_size) if index not in special}
     # Whole printable words and word pieces only: bytes of broken characters would not survive decoding.
-    ordinary = [
-        index
-        for index in range(info.vocab_size)
-        if index not in special and len(text := tokenizer.decode([index])) > 1 and text.strip().isalnum()
-    ]
-    if len(ordinary) < 48:
-        raise ValueError(f"the tokenizer has {len(ordinary)} ordinary word tokens; retrieval episodes need 48")
+    ordinary = [index for index, text in texts.items() if len(text) > 1 and text.strip().isalnum()]
     order = seeded_rng("episode-pools", 0).permutation(ordinary).tolist()
     third = len(order) // 3
-    return {"train": tuple(order[:third]), "evaluation": tuple(order[third : 2 * third])}, tuple(order[2 * third :])
+    # Words are taken out of each third, so that a token is in the same pool whatever a format draws from.
+    thirds = [
+        tuple(index for index in part if draw_from == "pieces" or texts[index][0] == " ")
+        for part in (order[:third], order[third : 2 * third], order[2 * third :])
+    ]
+    if min(map(len, thirds)) < 16:
+        raise ValueError(
+            f"the tokenizer leaves {', '.join(str(len(part)) for part in thirds)} {draw_from} for training keys, "
+            "evaluation keys and values; retrieval episodes need 16 of each: take a larger vocabulary"
+        )
+    return {"train": thirds[0], "evaluation": thirds[1]}, thirds[2]

@@ -167,6 +167,19 @@ def predictions_schema() -> pa.Schema:
     )
 
 
+def write_shard(folder: Path, name: str, shard: int, table: pa.Table) -> Path:
+    """Write one shard of a table. Raises ValueError if a column that may not be null holds a null."""
+    import pyarrow.parquet as pq
+
+    for field in table.schema:
+        if not field.nullable and table.column(field.name).null_count:
+            raise ValueError(f"{folder.name}/{name}: column {field.name} holds a null, which its schema forbids")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{shard:05d}.parquet"
+    pq.write_table(table, path, compression="zstd")
+    return path
+
+
 def write_table(
     folder: Path, name: str, schema: pa.Schema, records: Iterable[Mapping[str, Any]], *, shard_records: int = 65_536
 ) -> int:
@@ -175,15 +188,12 @@ def write_table(
     At least one shard is written, so that an empty table still has its schema. Memory is bounded by one shard.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    folder.mkdir(parents=True, exist_ok=True)
     total, shard, batch = 0, 0, []
 
     def flush() -> None:
         nonlocal shard, batch
-        table = pa.Table.from_pylist(batch, schema=schema)
-        pq.write_table(table, folder / f"{name}-{shard:05d}.parquet", compression="zstd")
+        write_shard(folder, name, shard, pa.Table.from_pylist(batch, schema=schema))
         shard, batch = shard + 1, []
 
     for record in records:
@@ -198,7 +208,8 @@ def write_table(
 
 def shard_paths(folder: Path, name: str) -> list[Path]:
     """The shards of a table in order. Raises ValueError if there is none."""
-    paths = sorted(folder.glob(f"{name}-*.parquet"))
+    # By length first: the hundred thousandth shard has a sixth digit.
+    paths = sorted(folder.glob(f"{name}-*.parquet"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise ValueError(f"{folder} has no {name}-*.parquet")
     return paths

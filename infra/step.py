@@ -1,0 +1,208 @@
+"""Steps and pipelines: which stages, with which configs, in which order.
+
+A step names a stage (a module with `NAME`, `VERSION` and `run`), its config, its inputs by slot (other steps, or
+external files) and, apart from these, how it is executed: resources never enter its identity.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ValidationError
+
+CodePolicy = Literal["warn", "strict", "pin"]
+
+
+class UserError(Exception):
+    """Something that the user can mend: one sentence that names the field, file or step and what to do."""
+
+
+class Stage(Protocol):
+    """What a stage module offers. `run(config, inputs, output, context)` writes the output."""
+
+    NAME: str
+    VERSION: int
+
+    @property
+    def run(self) -> Any:
+        """The work itself."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a process needs of its machine. Never part of an identity."""
+
+    num_cpus: float = 1
+    num_gpus: float = 0
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class External:
+    """Files made outside: a file, or the files of a folder that match `include` and not `exclude`.
+
+    Their content digest enters the key, their path does not.
+    """
+
+    path: str
+    include: tuple[str, ...] = ("**/*",)
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in a pipeline."""
+
+    name: str
+    stage: Any
+    """A stage module, or a class with the same members (see `Stage`)."""
+    config: BaseModel
+    inputs: Mapping[str, Step | External] = field(default_factory=dict)
+    resources: Resources = field(default_factory=Resources)
+    """Of the step's own process. A step that only waits for its workers asks for `num_cpus=0`."""
+    worker_resources: Resources = field(default_factory=Resources)
+    """Of each worker that the stage starts through `context.map` or `context.gang`."""
+    code_policy: CodePolicy = "warn"
+    """What follows when the stage's code has changed since its output was made: `warn` says so, `strict` makes the
+    code part of the key, `pin` refuses to go on."""
+
+    @property
+    def upstream(self) -> dict[str, str]:
+        """Names of the steps that this one reads, by slot."""
+        return {slot: source.name for slot, source in self.inputs.items() if isinstance(source, Step)}
+
+    @property
+    def externals(self) -> dict[str, External]:
+        """External inputs by slot."""
+        return {slot: source for slot, source in self.inputs.items() if isinstance(source, External)}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A graph of steps, in an order in which every step follows its inputs."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for step in self.steps:
+            if step.name in seen:
+                raise UserError(f"pipeline {self.name}: two steps are called {step.name!r}")
+            if not step.name or not all(c.isalnum() or c in "-_" for c in step.name):
+                raise UserError(f"pipeline {self.name}: step name {step.name!r} must be letters, digits, '-' and '_'")
+            for slot, name in step.upstream.items():
+                if name not in seen:
+                    raise UserError(
+                        f"step {step.name}: input {slot!r} is step {name!r}, which must be listed before it"
+                    )
+            seen.add(step.name)
+
+    def __getitem__(self, name: str) -> Step:
+        for step in self.steps:
+            if step.name == name:
+                return step
+        raise UserError(unknown("step", name, [step.name for step in self.steps]))
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def descendants(self, name: str) -> set[str]:
+        """The step and all that depend on it."""
+        found = {self[name].name}
+        for step in self.steps:
+            if found & set(step.upstream.values()):
+                found.add(step.name)
+        return found
+
+    def ancestors(self, name: str) -> set[str]:
+        """The step and all that it depends on."""
+        found = {self[name].name}
+        for step in reversed(self.steps):
+            if step.name in found:
+                found |= set(step.upstream.values())
+        return found
+
+    def with_settings(self, settings: Sequence[str]) -> Pipeline:
+        """The pipeline with `step.field=value` settings applied.
+
+        Values are JSON where they parse as JSON, else strings; the config's own types check them.
+        """
+        steps = {step.name: step for step in self.steps}
+        for setting in settings:
+            target, equals, text = setting.partition("=")
+            name, dot, path = target.partition(".")
+            if not (equals and dot and path):
+                raise UserError(f"--set {setting}: write it as step.field=value")
+            step = steps[self[name].name]
+            steps[name] = replace(step, config=_changed(step, path, _parsed(text)))
+        return replace(self, steps=tuple(steps[step.name] for step in self.steps))
+
+
+def unknown(what: str, name: str, known: Sequence[str]) -> str:
+    """One sentence that refuses a name and offers the nearest right one."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"no {what} is called {name!r}; {hint}"
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _changed(step: Step, path: str, value: Any) -> BaseModel:
+    plain = step.config.model_dump()
+    node: Any = plain
+    model: Any = step.config
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        here = ".".join([step.name, *parts[:depth]])
+        if isinstance(model, BaseModel) and part not in type(model).model_fields:
+            raise UserError(
+                f"--set {step.name}.{path}: in {here} {unknown('field', part, list(type(model).model_fields))}"
+            )
+        if depth == len(parts) - 1:
+            break
+        node, model = _descend(node, model, part, f"--set {step.name}.{path}: {here}")
+    if isinstance(node, list):
+        node[_index(node, parts[-1], f"--set {step.name}.{path}")] = value
+    else:
+        node[parts[-1]] = value
+    try:
+        return type(step.config).model_validate(plain)
+    except ValidationError as error:
+        raise UserError(f"--set {step.name}.{path}: {first_problem(error, step.name)}") from None
+
+
+def _descend(node: Any, model: Any, part: str, place: str) -> tuple[Any, Any]:
+    if isinstance(node, (list, tuple)):
+        index = _index(node, part, place)
+        return node[index], model[index]
+    inner = getattr(model, part, None) if isinstance(model, BaseModel) else model.get(part)
+    if isinstance(node[part], tuple):
+        node[part] = list(node[part])
+    if not isinstance(node[part], (dict, list)):
+        raise UserError(f"{place}.{part} has no fields; it is {node[part]!r}")
+    return node[part], inner
+
+
+def _index(node: Sequence[Any], part: str, place: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"{place} has {len(node)} entries; {part!r} is none of 0 to {len(node) - 1}")
+    return int(part)
+
+
+def first_problem(error: ValidationError, prefix: str) -> str:
+    """The first complaint of pydantic as one sentence that names the field."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join([prefix, *map(str, problem["loc"])])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {message} (got {problem['input']!r})" if problem["loc"] else f"{place}: {message}"

@@ -1,0 +1,321 @@
+"""Brings a run's record to MLflow, while it grows or afterwards.
+
+The record in the store is the truth and MLflow a view of it, so nothing here may stop or slow a run: a child process
+tails `runs/<run id>/events.jsonl` and alone talks to MLflow. It survives MLflow being down (it tries again, the events
+stay where they are), its own death and the death of the run's driver; `sync` brings MLflow up to date from whatever
+point it has reached, kept in `runs/<run id>/mlflow.json`. Doing anything twice changes nothing.
+
+Importing this module does not import MLflow. The engine starts the child with `start` and reads `mlflow_run_id`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ropewalk.infra.mlflow_database import default_tracking_uri, locked, open_client, set_environment
+from ropewalk.infra.mlflow_lineage import Ids
+from ropewalk.infra.record import is_alive, process_start
+from ropewalk.infra.scrub import scrub_text
+from ropewalk.infra.step import UserError
+
+if TYPE_CHECKING:
+    from ropewalk.infra.mlflow_view import View
+
+POLL_SECONDS = 0.3
+FIRST_BACKOFF_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 15.0
+PATIENCE_SECONDS = 20.0
+"""How long MLflow is waited for once the run has ended."""
+MAX_METRIC_EVENTS = 1000
+DRIVER_GONE = "the process that ran it ended without a word"
+
+
+def start(store_root: Path, run_id: str) -> subprocess.Popen[bytes]:
+    """Start the child process that follows a run of this process. It ends by itself soon after the run does.
+
+    Ctrl-C in the terminal does not reach it, so that it can still write how the run ended.
+    """
+    folder = store_root / "runs" / run_id / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "ropewalk.infra.tracking", str(store_root), run_id]
+    with (folder / "tracking.log").open("ab") as log:
+        return subprocess.Popen(
+            [*command, "--follow", "--parent-pid", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=set_environment(dict(os.environ)),
+        )
+
+
+def mlflow_run_id(store_root: Path, run_id: str) -> str | None:
+    """The id of the run's parent run in MLflow; None until MLflow has it."""
+    return read_ids(_ids_path(store_root, run_id)).parent_run_id
+
+
+def sync(
+    store_root: Path,
+    run_id: str,
+    *,
+    follow: bool = False,
+    parent_pid: int | None = None,
+    tracking_uri: str | None = None,
+) -> None:
+    """Write to MLflow what it does not have of a run.
+
+    Args:
+        store_root: The store's folder.
+        run_id: The run.
+        follow: Go on until the run has finished or the process that runs it is gone.
+        parent_pid: The process that runs it; by default the one that an earlier call was told of.
+        tracking_uri: Which MLflow; by default MLFLOW_TRACKING_URI, else the sqlite database in the store.
+
+    Raises:
+        UserError: the run is unknown, its record cannot be read, MLflow cannot be reached, or another process is
+            writing this run to MLflow.
+    """
+    folder = store_root / "runs" / run_id
+    if not follow and not (folder / "events.jsonl").is_file():
+        raise UserError(f"{folder} has no events.jsonl: there is no run {run_id!r} in this store")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "mlflow.lock", wait=False) as got:
+        if not got:
+            raise UserError(f"run {run_id} is being written to MLflow by another process: it catches up by itself")
+        tracker = Tracker(store_root, run_id, tracking_uri or default_tracking_uri(store_root), parent_pid)
+        if follow:
+            tracker.follow()
+        else:
+            tracker.catch_up()
+
+
+class Tracker:
+    """Moves events from a run's record to MLflow. One at a time may work on a run."""
+
+    def __init__(self, store_root: Path, run_id: str, tracking_uri: str, parent_pid: int | None) -> None:
+        self.run_id = run_id
+        self.tracking_uri = tracking_uri
+        self._store_root = store_root
+        self._ids_path = _ids_path(store_root, run_id)
+        self._tail = EventTail(store_root / "runs" / run_id / "events.jsonl")
+        self._events: list[dict[str, Any]] = []
+        self._pending: deque[dict[str, Any]] = deque()
+        self._view: View | None = None
+        self.ids = read_ids(self._ids_path)
+        if self.ids.tracking_uri != scrub_text(tracking_uri):
+            self.ids = Ids(tracking_uri=scrub_text(tracking_uri), driver=self.ids.driver)
+        if parent_pid is not None:
+            driver = {"host": socket.gethostname(), "pid": parent_pid, "started": process_start(parent_pid)}
+            self.ids.driver = driver
+            self._save(self.ids)
+
+    def catch_up(self) -> None:
+        """Write everything recorded so far. Raises UserError if MLflow cannot be reached or refuses."""
+        # Asked before reading: what the driver wrote before it ended is then read.
+        gone = self._driver_gone()
+        try:
+            self.push()
+            self._close_if_abandoned(gone)
+        except _outages() as error:
+            where = scrub_text(self.tracking_uri)
+            raise UserError(f"MLflow at {where} does not take run {self.run_id}: {_brief(error)}") from error
+
+    def follow(self) -> None:
+        """Write events as they come until the run has ended. Raises UserError if MLflow stays away for too long."""
+        backoff, deadline = FIRST_BACKOFF_SECONDS, None
+        while True:
+            gone = self._driver_gone()
+            self._read()
+            ended = gone or self._has_finished()
+            if ended and deadline is None:
+                backoff, deadline = FIRST_BACKOFF_SECONDS, time.monotonic() + PATIENCE_SECONDS
+            try:
+                self.push()
+                backoff = FIRST_BACKOFF_SECONDS
+                if ended:
+                    self._close_if_abandoned(gone)
+                    return
+                time.sleep(POLL_SECONDS)
+            except _outages() as error:
+                self._view = None
+                if deadline is not None and time.monotonic() + backoff > deadline:
+                    raise UserError(
+                        f"MLflow has {self.ids.seq} of {len(self._events)} events of run {self.run_id}: "
+                        f"{_brief(error)}; `ropewalk sync {self.run_id}` catches up"
+                    ) from error
+                say(f"MLflow: {_brief(error)}; trying again in {backoff:.0f} s")
+                self._wait(backoff, interruptible=deadline is None)
+                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+    def push(self) -> None:
+        """Write what is pending, saving after each piece how far MLflow has got."""
+        self._read()
+        if not self._events:
+            return
+        view = self._view or self._open()
+        while self._pending:
+            piece = self._next_piece()
+            self._apply(view, piece)
+            self.ids.seq = piece[-1]["seq"] + 1
+            self._save(self.ids)
+            for _ in piece:
+                self._pending.popleft()
+
+    def _apply(self, view: View, piece: list[dict[str, Any]]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            view.apply(piece)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            # Trying again would not help, and waiting would keep all later events away from MLflow.
+            for event in piece:
+                say(f"MLflow refused event {event['seq']} ({event['type']}): {_brief(error)}")
+                view.note_refused(event, _brief(error))
+
+    def _next_piece(self) -> list[dict[str, Any]]:
+        if self._pending[0]["type"] != "metrics":
+            return [self._pending[0]]
+        metrics = takewhile(lambda event: event["type"] == "metrics", self._pending)
+        return list(islice(metrics, MAX_METRIC_EVENTS))
+
+    def _open(self) -> View:
+        """Connect, find this run in MLflow, and line up the events it lacks."""
+        from ropewalk.infra.mlflow_view import View
+
+        view = View(open_client(self.tracking_uri), self.ids, self._save, self._store_root, self.run_id)
+        for event in self._events:
+            view.remember(event)
+        view.find()
+        self._pending = deque(event for event in self._events if event["seq"] >= self.ids.seq)
+        self._view = view
+        return view
+
+    def _read(self) -> None:
+        for event in self._tail.read():
+            if not self._events and event["type"] != "run_started":
+                raise UserError(f"{self._tail.path} does not begin with run_started")
+            self._events.append(event)
+            if self._view:
+                self._view.remember(event)
+                self._pending.append(event)
+
+    def _close_if_abandoned(self, gone: bool) -> None:
+        if gone and self._view and not self._view.finished:
+            self._view.abandon(self._events[-1]["time"], DRIVER_GONE)
+
+    def _driver_gone(self) -> bool:
+        driver = self.ids.driver
+        # Of a process on another machine nothing can be said.
+        return driver.get("host") == socket.gethostname() and not is_alive(driver["pid"], driver["started"])
+
+    def _wait(self, seconds: float, *, interruptible: bool) -> None:
+        """Sleep; while the run goes on, wake up when it ends."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+            self._read()
+            if interruptible and (self._driver_gone() or self._has_finished()):
+                return
+
+    def _has_finished(self) -> bool:
+        return bool(self._events) and self._events[-1]["type"] == "run_finished"
+
+    def _save(self, ids: Ids) -> None:
+        temporary = self._ids_path.with_name(self._ids_path.name + ".tmp")
+        temporary.write_text(json.dumps(asdict(ids), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self._ids_path)
+
+
+class EventTail:
+    """Reads a growing `events.jsonl`: each call returns the complete lines since the last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """New events; none while the file does not exist. Raises UserError naming a line that is no JSON."""
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(self._offset)
+            complete, newline, _ = file.read().rpartition(b"\n")
+            events = [self._parse(line) for line in complete.splitlines() if line.strip()]
+            self._offset += len(complete) + len(newline)
+            return events
+        return []
+
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{self.path} has a line that is no JSON ({error}): {line[:80]!r}") from None
+
+
+def read_ids(path: Path) -> Ids:
+    """The content of `mlflow.json`; empty if there is none yet or it cannot be read (all of it can be found again)."""
+    try:
+        return Ids(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return Ids()
+
+
+def say(text: str) -> None:
+    """One line in the tracking log."""
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stderr.flush()
+
+
+def _ids_path(store_root: Path, run_id: str) -> Path:
+    return store_root / "runs" / run_id / "mlflow.json"
+
+
+def _outages() -> tuple[type[Exception], ...]:
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError)
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return scrub_text(lines[0] if lines else type(error).__name__)[:300]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The child process: `python -m ropewalk.infra.tracking STORE RUN_ID [--follow --parent-pid N]`."""
+    parser = argparse.ArgumentParser(prog="ropewalk.infra.tracking", description="Bring a run's record to MLflow.")
+    parser.add_argument("store", type=Path)
+    parser.add_argument("run_id")
+    parser.add_argument("--follow", action="store_true", help="go on until the run has ended")
+    parser.add_argument("--parent-pid", type=int, help="the process that runs it")
+    parser.add_argument("--tracking-uri")
+    asked = parser.parse_args(arguments)
+    try:
+        sync(
+            asked.store,
+            asked.run_id,
+            follow=asked.follow,
+            parent_pid=asked.parent_pid,
+            tracking_uri=asked.tracking_uri,
+        )
+    except UserError as error:
+        say(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

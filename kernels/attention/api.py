@@ -1,0 +1,114 @@
+"""The entry point: checks shapes, picks an implementation, never falls back silently.
+
+Shape legend: B batch, H query heads, G key/value heads, L query tokens, S key tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from .plan import AttentionPlan
+
+Implementation = Literal["auto", "segmented", "reference"]
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys that the plan makes visible.
+
+    q is [B, H, L, D], k and v are [B, G, S, D] with H a multiple of G (consecutive query heads share a key/value
+    head), all of one floating dtype, on the plan's device. `scale` multiplies the scores, default 1 / sqrt(D).
+
+    Returns out [B, H, L, D] in the dtype of q, and lse [B, H, L], the natural log of the sum of exponentials, in
+    fp32 (fp64 for fp64 input). A query that sees nothing gives out 0 and lse -inf. Gradients flow through both.
+
+    `implementation`: "auto" is the fastest that suits; "segmented" runs dense attention on each piece of the plan;
+    "reference" builds the dense mask and is the definition. Raises ValueError for an unknown one or shapes that do
+    not fit, saying which.
+    """
+    _check(q, k, v, plan)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    match implementation:
+        case "auto" | "segmented":
+            from . import segmented
+
+            return segmented.attention(q, k, v, plan, scale)
+        case "reference":
+            from . import reference
+
+            return reference.attention(q, k, v, plan, scale)
+        case _:
+            raise _unknown(implementation)
+
+
+def sparse_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of `sparse_attention` from its out and lse, for callers that merge branches themselves.
+
+    Given the `out` and `lse` of several merged branches, this is the branch's share of the merged attention's
+    gradient: sum the shares of all branches. dout and out are [B, H, L, D], lse is [B, H, L]; the rest as in
+    `sparse_attention`.
+    """
+    _check(q, k, v, plan)
+    for name, tensor, shape in (("dout", dout, q.shape), ("out", out, q.shape), ("lse", lse, q.shape[:3])):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} to fit q, got {list(tensor.shape)}")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    match implementation:
+        case "auto" | "segmented":
+            from . import segmented
+
+            return segmented.attention_bwd(dout, q, k, v, out, lse, plan, scale)
+        case "reference":
+            from . import reference
+
+            return reference.attention_bwd(dout, q, k, v, out, lse, plan, scale)
+        case _:
+            raise _unknown(implementation)
+
+
+def _unknown(implementation: str) -> ValueError:
+    return ValueError(f"implementation must be auto, segmented or reference, got {implementation!r}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k and v must be [batch, heads, tokens, head_dim], got {shapes}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must agree in batch and head_dim, got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"the number of query heads must be a multiple of the key/value heads, got {shapes}")
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if (q.shape[0], q.shape[2], k.shape[2]) != (plan.batch, plan.q_tokens, plan.k_tokens):
+        raise ValueError(
+            f"the plan is for batch {plan.batch}, {plan.q_tokens} queries and {plan.k_tokens} keys, got {shapes}"
+        )
+    if not q.device == k.device == v.device == plan.device:
+        raise ValueError(
+            f"q, k, v and the plan must lie on one device, got {q.device}, {k.device}, {v.device} and {plan.device}; "
+            "move the plan with plan.to(device)"
+        )

@@ -1,0 +1,121 @@
+"""Exact attention that visits visible keys only: dense attention on each piece of the plan, merged by log-sum-exp.
+
+Linear in the visible area for plans with long runs (causal, packed documents, anchor, shared prefixes); no mask is
+ever built. Keys outside a query's pieces are not read. See `pieces.py` for how a plan is cut.
+
+Shape legend: B batch, H query heads, G key/value heads, L query tokens, S key tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import rectangle
+from .pieces import Piece
+from .plan import AttentionPlan
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [B, H, L, D], lse [B, H, L] in natural log), differentiable once in both.
+
+    A query that sees nothing gives out 0 and lse -inf, and all its gradients are 0.
+    """
+    return _SegmentedAttention.apply(q, k, v, plan, scale)
+
+
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: AttentionPlan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), each summed over the pieces in fp32 or better; `out` and `lse` may be merged ones."""
+    q, k, v, dout = (_unit_stride(tensor) for tensor in (q, k, v, dout))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=_working_dtype(x), device=x.device) for x in (q, k, v))
+    for piece in plan.pieces:
+        rows, queries, keys = _slices(piece)
+        own = (rows, slice(None), queries)
+        seen = (rows, slice(None), keys)
+        gradients = rectangle.backward(dout[own], q[own], k[seen], v[seen], out[own], lse[own], piece.causal, scale)
+        dq[own] += gradients[0]
+        dk[seen] += gradients[1]
+        dv[seen] += gradients[2]
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+class _SegmentedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q, k, v, plan, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        dout, dlse = grad_outputs
+        q, k, v, out, lse = ctx.saved_tensors
+        dq = dk = dv = None
+        if dout is not None:
+            dq, dk, dv = attention_bwd(dout, q, k, v, out, lse, ctx.plan, ctx.scale)
+        if dlse is not None:
+            dq_lse, dk_lse = _lse_bwd(dlse, q, k, lse, ctx.plan, ctx.scale)
+            dq = dq_lse if dq is None else dq + dq_lse
+            dk = dk_lse if dk is None else dk + dk_lse
+        return dq, dk, dv, None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (_unit_stride(tensor) for tensor in (q, k, v))
+    working = _working_dtype(q)
+    out = torch.zeros(q.shape, dtype=working, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=working, device=q.device)
+    for piece in plan.pieces:
+        rows, queries, keys = _slices(piece)
+        own = (rows, slice(None), queries)
+        seen = (rows, slice(None), keys)
+        piece_out, piece_lse = rectangle.forward(q[own], k[seen], v[seen], piece.causal, scale)
+        if piece.opens:
+            out[own], lse[own] = piece_out, piece_lse
+            continue
+        # exp(-inf) = 0 drops what queries without an earlier piece hold; piece_lse is finite.
+        merged = torch.logaddexp(lse[own], piece_lse)
+        kept, added = ((part - merged).exp().unsqueeze(-1) for part in (lse[own], piece_lse))
+        out[own], lse[own] = out[own] * kept + piece_out * added, merged
+    return out.to(q.dtype), lse
+
+
+def _lse_bwd(
+    dlse: Tensor, q: Tensor, k: Tensor, lse: Tensor, plan: AttentionPlan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(dq, dk) of sum(dlse * lse): the gradient of the scores is dlse times the probabilities.
+
+    That is the ordinary backward for values that are all the first unit vector, dout = dlse times it, and out = 0.
+    """
+    unit = torch.zeros(k.shape[-1], dtype=k.dtype, device=k.device)
+    unit[0] = 1
+    dout = dlse.to(q.dtype).unsqueeze(-1) * unit
+    dq, dk, _ = attention_bwd(dout, q, k, unit.expand(k.shape), torch.zeros_like(q), lse, plan, scale)
+    return dq, dk
+
+
+def _slices(piece: Piece) -> tuple[slice, slice, slice]:
+    return (
+        slice(piece.row_start, piece.row_stop),
+        slice(piece.q_start, piece.q_stop),
+        slice(piece.k_start, piece.k_stop),
+    )
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """torch's fused attention reads the head dim as contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,301 @@
+"""Writes Rows that teach retrieval: running text, repeated segments, and facts planted in text and asked for at its end.
+
+Reads `tokens`, and `tokenizer` (the folder that `encode` wrote) where there are episodes. Every row is `bos` and then:
+
+text      a window of the documents, laid end to end in a seeded order with `eos bos` between them;
+repeat    a window of 8 to `row_tokens`/2 tokens, tiled to the row, the last copy cut: with such rows induction, and so
+          retrieval, forms early in small models (Olsson et al. 2022, "In-context learning and induction heads");
+episode   a window with facts at random places, then all their questions, in random order, each with its answer. Keys
+          are of the training pool of `ropewalk.stages.episodes`.
+
+Each window goes on where the one of the row before ended; finished rows are shuffled. `loss_mask` is True but for
+position 0 and, in episodes, the facts and the questions: their keys and values are random, nothing predicts them.
+Attention is causal across documents. Lost: the tokens behind the last window, counted as unused documents, and marks at
+the beginning of a window. If the corpus is too small it is read again in another order: see the count `num_epochs`.
+
+Memory: the text that the rows use, and one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from ropewalk.stages.context import Context, Output
+from ropewalk.stages.data.quotas import largest_remainder
+from ropewalk.stages.data.running_text import Piece, RunningText, load_text, walk
+from ropewalk.stages.data.vocabulary import load_tokenizer, tokenizer_digest
+from ropewalk.stages.episodes import EpisodeFormat, EpisodeWriter, episode_writer
+from ropewalk.stages.schema import (
+    Artifact,
+    Record,
+    TokenizerInfo,
+    read_artifact,
+    rows_schema,
+    seeded_rng,
+    stable_id,
+    write_artifact,
+    write_shard,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+NAME = "plant"
+VERSION = 1
+
+RowKind = Literal["episode", "repeat", "text"]
+MIN_REPEAT_TOKENS = 8
+_SHARD_TOKENS = 2**24
+
+
+class PlantConfig(Record):
+    """How many rows of which kinds."""
+
+    row_tokens: int = Field(ge=16)
+    """Length of each row."""
+    num_rows: int = Field(ge=1)
+    episode_fraction: float = Field(default=0.3, ge=0, le=1)
+    """Share of rows with planted facts."""
+    repeat_fraction: float = Field(default=0.3, ge=0, le=1)
+    """Share of rows that repeat one segment. The rest is plain text."""
+    num_facts_min: int = Field(default=2, ge=1)
+    num_facts_max: int = Field(default=8, ge=1)
+    """An episode has this many facts at most. Facts, questions and answers may fill half of the row."""
+    enable_fewer_facts: bool = False
+    """Where `num_facts_max`, or even `num_facts_min`, facts do not fit, plant as many as do. Otherwise an error."""
+    episode: EpisodeFormat = EpisodeFormat()
+    """How facts and questions are written."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _shares(self) -> PlantConfig:
+        if self.episode_fraction + self.repeat_fraction > 1 + 1e-9:
+            raise ValueError("episode_fraction and repeat_fraction must not sum to more than 1")
+        if self.num_facts_min > self.num_facts_max:
+            raise ValueError(f"num_facts_min {self.num_facts_min} is above num_facts_max {self.num_facts_max}")
+        return self
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What one row will be."""
+
+    kind: RowKind
+    num_facts: int
+    """0 but for episodes."""
+    text_tokens: int
+    """Length of its window of running text."""
+
+
+@dataclass(frozen=True)
+class PlantedRow:
+    """A finished row."""
+
+    input_ids: np.ndarray
+    """[row_tokens], int32."""
+    loss_mask: np.ndarray
+    """[row_tokens], bool."""
+    pieces: list[Piece]
+    """The segments; offsets count from the row's beginning."""
+
+
+def facts_range(config: PlantConfig, writer: EpisodeWriter) -> tuple[int, int]:
+    """The least and greatest number of facts of an episode. Raises ValueError if they do not fit the row."""
+    each = writer.fact_tokens + writer.question_tokens + writer.value_tokens
+    fitting = config.row_tokens // 2 // each
+    if config.num_facts_max <= fitting:
+        return config.num_facts_min, config.num_facts_max
+    if not config.enable_fewer_facts or not fitting:
+        raise ValueError(
+            f"num_facts_max {config.num_facts_max} facts of {each} tokens, questions included, exceed half of "
+            f"row_tokens {config.row_tokens}, which holds {fitting}: plant fewer or set enable_fewer_facts"
+        )
+    return min(config.num_facts_min, fitting), fitting
+
+
+def plan_rows(config: PlantConfig, writer: EpisodeWriter | None) -> list[RowPlan]:
+    """All rows, in the order in which they read the text. `writer` is needed where there are episodes."""
+    plain_fraction = max(0.0, 1 - config.episode_fraction - config.repeat_fraction)
+    shares = {"episode": config.episode_fraction, "repeat": config.repeat_fraction, "text": plain_fraction}
+    quotas = largest_remainder(shares, config.num_rows)
+    kinds = [kind for kind in ("episode", "repeat", "text") for _ in range(quotas[kind])]
+    low, high = facts_range(config, writer) if writer is not None else (0, 0)
+    facts = seeded_rng(NAME, "facts", config.seed).integers(low, high + 1, config.num_rows).tolist()
+    repeats = seeded_rng(NAME, "repeats", config.seed)
+    lengths = repeats.integers(MIN_REPEAT_TOKENS, config.row_tokens // 2 + 1, config.num_rows).tolist()
+    plans = []
+    for index in seeded_rng(NAME, "kinds", config.seed).permutation(config.num_rows).tolist():
+        kind: RowKind = kinds[index]
+        if kind == "episode":
+            assert writer is not None
+            each = writer.fact_tokens + writer.question_tokens + writer.value_tokens
+            plans.append(RowPlan(kind, facts[index], config.row_tokens - 1 - facts[index] * each))
+        else:
+            plans.append(RowPlan(kind, 0, lengths[index] if kind == "repeat" else config.row_tokens - 1))
+    return plans
+
+
+def text_row(window: np.ndarray, pieces: list[Piece], row_tokens: int, bos: int) -> PlantedRow:
+    """`bos` and the window, again and again until the row is full."""
+    import numpy as np
+
+    period = len(window)
+    input_ids = np.concatenate([np.array([bos], np.int32), np.resize(window, row_tokens - 1)])
+    placed = [
+        piece._replace(offset=begin + piece.offset, num_tokens=min(piece.num_tokens, row_tokens - begin - piece.offset))
+        for begin in range(1, row_tokens, period)
+        for piece in pieces
+        if begin + piece.offset < row_tokens
+    ]
+    return PlantedRow(input_ids, np.arange(row_tokens) > 0, placed)
+
+
+def episode_row(
+    window: np.ndarray, pieces: list[Piece], writer: EpisodeWriter, num_facts: int, rng: np.random.Generator, bos: int
+) -> PlantedRow:
+    """`bos`, the window with facts planted between its tokens, and every question with its answer."""
+    import numpy as np
+
+    facts = writer.draw(rng, num_facts, "train")
+    places = np.sort(rng.choice(len(window) + 1, num_facts, replace=False)).tolist()
+    parts: list[tuple[Sequence[int] | np.ndarray, bool]] = [([bos], False)]
+    cuts = [0, *places, len(window)]
+    for number, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        parts.append((window[begin:end], True))
+        if number < num_facts:
+            parts.append((writer.fact(*facts[number]), False))
+    for number in rng.permutation(num_facts).tolist():
+        key, value = facts[number]
+        parts += [(writer.question(key), False), (value, True)]
+    input_ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in parts])
+    loss_mask = np.repeat([target for _, target in parts], [len(ids) for ids, _ in parts])
+    return PlantedRow(input_ids, loss_mask, _cut_pieces(pieces, cuts, writer.fact_tokens))
+
+
+def _cut_pieces(pieces: list[Piece], cuts: list[int], fact_tokens: int) -> list[Piece]:
+    placed = []
+    for number, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        shift = 1 + number * fact_tokens
+        for piece in pieces:
+            first, last = max(begin, piece.offset), min(end, piece.offset + piece.num_tokens)
+            if first < last:
+                start = piece.start + first - piece.offset
+                placed.append(Piece(piece.document, start, last - first, first + shift))
+    return placed
+
+
+def make_row(
+    config: PlantConfig, plan: RowPlan, number: int, start: int, text: RunningText, writer: EpisodeWriter | None
+) -> PlantedRow:
+    """Row `number` of the plan, whose window begins at `start`."""
+    window, pieces = text.window(start, plan.text_tokens)
+    if plan.kind != "episode":
+        return text_row(window, pieces, config.row_tokens, text.bos_token_id)
+    assert writer is not None
+    rng = seeded_rng(NAME, "episode", config.seed, number)
+    return episode_row(window, pieces, writer, plan.num_facts, rng, text.bos_token_id)
+
+
+def rows_table(row_ids: Sequence[str], rows: Sequence[PlantedRow], doc_ids: Sequence[str]) -> pa.Table:
+    """Finished rows as a table of Rows with `loss_mask`."""
+    import numpy as np
+    import pyarrow as pa
+
+    def lists(values: pa.Array, lengths: list[int]) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()), values)
+
+    schema = rows_schema(loss_mask=True)
+    flat = [piece for row in rows for piece in row.pieces]
+    names = pa.array([doc_ids[piece.document] for piece in flat], pa.string())
+    columns = [names, *(pa.array([piece[field] for piece in flat]) for field in (1, 2, 3))]
+    kind = schema.field("segments").type.value_type
+    arrays = [column.cast(kind.field(index).type) for index, column in enumerate(columns)]
+    segments = pa.StructArray.from_arrays(arrays, fields=[kind.field(index) for index in range(4)])
+    lengths = [len(row.input_ids) for row in rows]
+    return pa.Table.from_arrays(
+        [
+            pa.array(row_ids, pa.string()),
+            lists(pa.array(np.concatenate([row.input_ids for row in rows])), lengths),
+            lists(segments, [len(row.pieces) for row in rows]),
+            pa.array(["causal"] * len(rows), pa.string()),
+            lists(pa.array(np.concatenate([row.loss_mask for row in rows])), lengths),
+        ],
+        schema=schema,
+    )
+
+
+def _episode_writer(config: PlantConfig, inputs: Mapping[str, Path], info: TokenizerInfo) -> EpisodeWriter | None:
+    if not config.episode_fraction:
+        return None
+    if "tokenizer" not in inputs:
+        raise ValueError("plant needs the input slot `tokenizer` to write episodes, or episode_fraction 0")
+    if tokenizer_digest(inputs["tokenizer"]) != info.digest:
+        raise ValueError("plant's input `tokenizer` is not the one that encoded its input `tokens`")
+    return episode_writer(config.episode, load_tokenizer(inputs["tokenizer"]), info)
+
+
+def _write_rows(
+    config: PlantConfig, plans: list[RowPlan], text: RunningText, writer: EpisodeWriter | None, output: Output
+) -> Iterator[list[PlantedRow]]:
+    starts = walk(text, [plan.text_tokens for plan in plans])
+    order = seeded_rng(NAME, "order", config.seed).permutation(config.num_rows).tolist()
+    shard_rows = min(65_536, max(1, _SHARD_TOKENS // config.row_tokens))
+    for shard, begin in enumerate(range(0, config.num_rows, shard_rows)):
+        numbers = order[begin : begin + shard_rows]
+        rows = [make_row(config, plans[n], n, starts[n], text, writer) for n in numbers]
+        row_ids = [stable_id(NAME, config.seed, number) for number in numbers]
+        write_shard(output.data, "rows", shard, rows_table(row_ids, rows, text.doc_ids))
+        yield rows
+
+
+def run(config: PlantConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
+    """Write the rows. Raises ValueError on bad input, or where facts do not fit."""
+    started = time.perf_counter()
+    info = read_artifact(inputs["tokens"], "tokens").tokenizer
+    if info is None:
+        raise ValueError(f"{inputs['tokens']}/artifact.json describes no tokenizer: encode the documents again")
+    writer = _episode_writer(config, inputs, info)
+    plans = plan_rows(config, writer)
+    # A window may skip the two marks between documents.
+    text = load_text(inputs["tokens"], info, sum(plan.text_tokens + 2 for plan in plans), config.seed)
+    used: set[int] = set()
+    totals: Counter[str] = Counter(num_rows=0, num_document_tokens=0, num_target_tokens=0)
+    for rows in _write_rows(config, plans, text, writer, output):
+        used.update(piece.document for row in rows for piece in row.pieces)
+        totals["num_rows"] += len(rows)
+        totals["num_document_tokens"] += sum(piece.num_tokens for row in rows for piece in row.pieces)
+        totals["num_target_tokens"] += sum(int(row.loss_mask.sum()) for row in rows)
+        context.progress(totals["num_rows"], config.num_rows, "rows")
+    counts = _counts(config, plans, totals, text, len(used))
+    write_artifact(output.data, Artifact(kind="rows", tokenizer=info, row_tokens=config.row_tokens, counts=counts))
+    seconds = time.perf_counter() - started
+    measured = {"seconds": seconds, "rows_per_second": config.num_rows / seconds}
+    (output.observed / "throughput.json").write_text(json.dumps(measured) + "\n")
+    context.log(counts)
+
+
+def _counts(
+    config: PlantConfig, plans: list[RowPlan], totals: Counter[str], text: RunningText, num_used: int
+) -> dict[str, int]:
+    kinds = Counter(plan.kind for plan in plans)
+    num_tokens = config.num_rows * config.row_tokens
+    return {
+        **totals,
+        **{f"num_{kind}_rows": kinds[kind] for kind in ("episode", "repeat", "text")},
+        "num_facts": sum(plan.num_facts for plan in plans),
+        "num_tokens": num_tokens,
+        "num_inserted_tokens": num_tokens - totals["num_document_tokens"],
+        "num_documents": text.num_documents,
+        "num_used_documents": num_used,
+        "num_unused_documents": text.num_documents - num_used,
+        "num_epochs": text.num_epochs,
+    }
