@@ -82,15 +82,11 @@ def sqlite_path(tracking_uri: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock on a file; the system frees it when the process ends. Yields whether it was got."""
+def locked(path: Path) -> Iterator[None]:
+    """Wait for an exclusive lock on a file and hold it; the system frees it when the process ends."""
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _create(path: Path) -> None:

@@ -25,7 +25,7 @@ class Ids:
     experiment_id: str | None = None
     parent_run_id: str | None = None
     children: dict[str, str] = field(default_factory=dict)
-    """Run id by step."""
+    """Run id by step, and by `<step>/<input>` for the runs that hold the metrics about one of several models."""
     models: dict[str, str] = field(default_factory=dict)
     """Logged model id by output digest."""
     seq: int = 0
@@ -111,6 +111,10 @@ class Lineage:
         maker = reference["step"]
         behind = {self.model_behind(maker, inner) for inner in self._inputs.get(maker, {})} - {None}
         return behind.pop() if len(behind) == 1 else None
+
+    def num_checkpoints(self, step: str) -> int:
+        """How many checkpoints a step was given."""
+        return sum(map(self._is_checkpoint, self._inputs[step].values()))
 
     def judged_on(self, step: str) -> dict[str, str]:
         """The dataset of metrics about a model: the step's first input that is no checkpoint."""

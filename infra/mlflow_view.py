@@ -70,11 +70,13 @@ class View:
         found = self.client.search_runs([experiment_id], f"tags.`ropewalk.run_id` = '{self.run_id}'", max_results=5000)
         found.sort(key=lambda run: run.info.start_time)
         parents = [run.info.run_id for run in found if run.data.tags.get("ropewalk.kind") == "pipeline"]
-        children = {run.data.tags["ropewalk.step"]: run.info.run_id for run in reversed(found) if _is_step(run)}
+        children = {_child_name(run): run.info.run_id for run in reversed(found) if run.info.run_id not in parents}
         if self.ids.parent_run_id not in parents or not known <= set(children):
             self.ids.seq = 0
         self.ids.parent_run_id = parents[0] if parents else self._create_parent(name)
-        self.ids.children, self.ids.models = children, {}
+        if self.ids.seq == 0:
+            self.ids.models = {}
+        self.ids.children = children
         self._save_ids(self.ids)
 
     def apply(self, events: Sequence[Event]) -> None:
@@ -132,29 +134,31 @@ class View:
     def _child(self, event: Event, cache: str) -> str:
         """The child run of the event's step, made and described if it is not there."""
         step = event["step"]
-        spec = self._steps[step]
-        tags = {
-            "mlflow.parentRunId": self._parent,
-            "mlflow.source.name": "ropewalk",
-            "ropewalk.kind": "step",
-            "ropewalk.run_id": self.run_id,
-            "ropewalk.pipeline": self._run["pipeline"],
-            "ropewalk.step": step,
-            "ropewalk.stage": spec["stage"],
-            "ropewalk.stage_version": str(spec["version"]),
-            "ropewalk.key": event["key"],
-            "ropewalk.cache": cache,
-            "ropewalk.status": "running",
-        }
         if step not in self.ids.children:
-            start = milliseconds(event["time"])
-            run = self.client.create_run(self.ids.experiment_id, start_time=start, tags=tags, run_name=step)
-            self.ids.children[step] = run.info.run_id
-            self._save_ids(self.ids)
+            tags = {"mlflow.parentRunId": self._parent, "ropewalk.kind": "step", "ropewalk.status": "running"}
+            tags |= {"ropewalk.key": event["key"], "ropewalk.cache": cache}
+            self._create(step, self._tags(event) | tags, event["time"])
         child = self.ids.children[step]
-        self._log_config(child, spec["config"])
+        self._log_config(child, self._steps[step]["config"])
         self._lineage.link_inputs(child, step)
         return child
+
+    def _tags(self, event: Event) -> dict[str, str]:
+        spec = self._steps[event["step"]]
+        return {
+            "mlflow.source.name": "ropewalk",
+            "ropewalk.run_id": self.run_id,
+            "ropewalk.pipeline": self._run["pipeline"],
+            "ropewalk.step": event["step"],
+            "ropewalk.stage": spec["stage"],
+            "ropewalk.stage_version": str(spec["version"]),
+        }
+
+    def _create(self, name: str, tags: dict[str, str], seconds: float) -> None:
+        start = milliseconds(seconds)
+        run = self.client.create_run(self.ids.experiment_id, start_time=start, tags=tags, run_name=name)
+        self.ids.children[name] = run.info.run_id
+        self._save_ids(self.ids)
 
     def _log_config(self, child: str, config: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -165,24 +169,40 @@ class View:
         self.client.log_dict(child, scrub(config), "config.json")
 
     def _metrics(self, events: Sequence[Event]) -> None:
-        by_child: dict[str, list[Any]] = defaultdict(list)
+        by_run: dict[str, list[Any]] = defaultdict(list)
         for event in events:
-            by_child[self.ids.children[event["step"]]].extend(self._metrics_of(event))
-        for child, metrics in by_child.items():
+            child = self.ids.children[event["step"]]
+            about = event["about"]
+            model = self._lineage.model_behind(event["step"], about) if about else None
+            if model is None:
+                by_run[child].extend(_metrics_of(event))
+                continue
+            dataset = self._lineage.judged_on(event["step"])
+            if self._lineage.num_checkpoints(event["step"]) > 1:
+                by_run[child].extend(_metrics_of(event, prefix=f"{about}/"))
+                child = self._judged(event)
+            by_run[child].extend(_metrics_of(event, model_id=model, **dataset))
+        for run, metrics in by_run.items():
             for batch in batches(metrics, 1000):
-                self.client.log_batch(child, metrics=batch)
+                self.client.log_batch(run, metrics=batch)
 
-    def _metrics_of(self, event: Event) -> list[Any]:
-        from mlflow.entities import Metric
+    def _judged(self, event: Event) -> str:
+        """A run below the step's for metrics about one of several models.
 
-        model_id = self._lineage.model_behind(event["step"], event["about"]) if event["about"] else None
-        about = self._lineage.judged_on(event["step"]) if model_id else {}
-        when, step = milliseconds(event["time"]), event["metric_step"] or 0
-        metrics = []
-        for name, value in event["metrics"].items():
-            attached = {"model_id": model_id, **about} if model_id and math.isfinite(value) else {}
-            metrics.append(Metric(name_for_mlflow(name), metric_value(value), when, step, **attached))
-        return metrics
+        MLflow attaches to a model only what is a metric of a run too. In one run the models' curves would mix; in a
+        run for each they have the same names and can be compared in one chart.
+        """
+        step, about = event["step"], event["about"]
+        name = f"{step}/{about}"
+        if name not in self.ids.children:
+            tags = self._tags(event) | {"mlflow.parentRunId": self.ids.children[step], "ropewalk.about": about}
+            self._create(name, tags | {"ropewalk.kind": "judged"}, event["time"])
+        return self.ids.children[name]
+
+    def _terminate(self, step: str, status: str, seconds: float) -> None:
+        for name, child in self.ids.children.items():
+            if name.split("/")[0] == step:
+                self.client.set_terminated(child, status, end_time=milliseconds(seconds))
 
     def _run_started(self, event: Event) -> None:
         git = event["git"]
@@ -203,11 +223,11 @@ class View:
 
     def _step_reused(self, event: Event) -> None:
         child = self._child(event, "hit")
-        output, when = event["output"], milliseconds(event["time"])
         self._output(child, event)
-        tags = {"ropewalk.source": output["uri"], "ropewalk.status": "reused", "ropewalk.reason": event["reason"]}
+        source = event["output"]["uri"]
+        tags = {"ropewalk.source": source, "ropewalk.status": "reused", "ropewalk.reason": event["reason"]}
         self._tag(child, tags)
-        self.client.set_terminated(child, "FINISHED", end_time=when)
+        self._terminate(event["step"], "FINISHED", event["time"])
 
     def _step_succeeded(self, event: Event) -> None:
         child = self.ids.children[event["step"]]
@@ -219,17 +239,17 @@ class View:
         self._output(child, event)
         self._upload(child, output["uri"])
         self._tag(child, {"ropewalk.status": "succeeded", "ropewalk.reason": event["reason"]})
-        self.client.set_terminated(child, "FINISHED", end_time=milliseconds(event["time"]))
+        self._terminate(event["step"], "FINISHED", event["time"])
 
     def _step_failed(self, event: Event) -> None:
         child = self.ids.children[event["step"]]
         self._numbers(child, {"seconds": event["seconds"]}, event["time"])
         self._tag(child, {"ropewalk.status": "failed", "ropewalk.error": event["error"]})
-        logs = sorted((self._store_root / "runs" / self.run_id / "logs" / event["step"]).glob("*.log"))
-        if logs:
-            text = logs[-1].read_text(encoding="utf-8", errors="replace")[-MAX_LOG_CHARACTERS:]
-            self.client.log_text(child, scrub_text(text), f"logs/{logs[-1].stem}.txt")
-        self.client.set_terminated(child, "FAILED", end_time=milliseconds(event["time"]))
+        log = self._store_root / "runs" / self.run_id / "logs" / event["step"] / f"{event['attempt']}.log"
+        if log.is_file():
+            text = log.read_text(encoding="utf-8", errors="replace")[-MAX_LOG_CHARACTERS:]
+            self.client.log_text(child, scrub_text(text), f"logs/{log.stem}.txt")
+        self._terminate(event["step"], "FAILED", event["time"])
 
     def _step_skipped(self, event: Event) -> None:
         self._tag(self._parent, {f"ropewalk.skipped.{event['step']}": event["reason"]})
@@ -244,9 +264,8 @@ class View:
     def _close_running(self, seconds: float, why: str) -> None:
         for step in sorted(self._running):
             if step in self.ids.children:
-                child = self.ids.children[step]
-                self._tag(child, {"ropewalk.status": "killed", "ropewalk.ended": why})
-                self.client.set_terminated(child, "KILLED", end_time=milliseconds(seconds))
+                self._tag(self.ids.children[step], {"ropewalk.status": "killed", "ropewalk.ended": why})
+                self._terminate(step, "KILLED", seconds)
 
     def _output(self, child: str, event: Event) -> None:
         """Link what the step made; a report is shown on the parent too."""
@@ -264,11 +283,8 @@ class View:
             self._tag(run, {"ropewalk.files_left_out": left_out})
 
     def _numbers(self, run: str, values: Mapping[str, float], seconds: float) -> None:
-        from mlflow.entities import Metric
-
-        when = milliseconds(seconds)
-        metrics = [Metric(name_for_mlflow(name), metric_value(value), when, 0) for name, value in values.items()]
-        self.client.log_batch(run, metrics=metrics)
+        event = {"metrics": values, "time": seconds, "metric_step": 0}
+        self.client.log_batch(run, metrics=_metrics_of(event))
 
     def _tag(self, run: str, tags: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
@@ -277,5 +293,18 @@ class View:
         self.client.log_batch(run, tags=entries)
 
 
-def _is_step(run: Any) -> bool:
-    return run.data.tags.get("ropewalk.kind") == "step"
+def _metrics_of(event: Event, prefix: str = "", **attached: str) -> list[Any]:
+    """An event's numbers as MLflow metrics; `attached` names a model and the dataset that it was judged on."""
+    from mlflow.entities import Metric
+
+    when, step = milliseconds(event["time"]), event["metric_step"] or 0
+    metrics = []
+    for name, value in event["metrics"].items():
+        to_model = attached if math.isfinite(value) else {}
+        metrics.append(Metric(name_for_mlflow(prefix + name), metric_value(value), when, step, **to_model))
+    return metrics
+
+
+def _child_name(run: Any) -> str:
+    about = run.data.tags.get("ropewalk.about")
+    return run.data.tags["ropewalk.step"] + (f"/{about}" if about else "")

@@ -26,7 +26,9 @@ _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|"
     r"AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
 )
-_BEARER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
+_AUTHORIZATION = re.compile(
+    r"\b(authorization\s*[:=]\s*[\"']?(?:bearer\s+|basic\s+)?|bearer\s+(?=\S*\d))[\w.~+/=-]{8,}", re.IGNORECASE
+)
 _USERINFO = re.compile(r"\b([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@'\"]+@")
 _QUERY = re.compile(r"([?&][^=&\s]*(?:token|secret|signature|password|credential|key|sig)=)[^&\s'\"]+", re.IGNORECASE)
 _ASSIGNMENT = re.compile(r"\b(\w*(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)=)[^\s'\"&]+")
@@ -57,5 +59,5 @@ def scrub_text(text: str) -> str:
     text = _USERINFO.sub(rf"\1{HIDDEN}@", text)
     text = _QUERY.sub(rf"\1{HIDDEN}", text)
     text = _ASSIGNMENT.sub(rf"\1{HIDDEN}", text)
-    text = _BEARER.sub(rf"\1 {HIDDEN}", text)
+    text = _AUTHORIZATION.sub(rf"\1{HIDDEN}", text)
     return _SECRET_VALUE.sub(HIDDEN, text)

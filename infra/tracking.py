@@ -42,6 +42,10 @@ MAX_METRIC_EVENTS = 1000
 DRIVER_GONE = "the process that ran it ended without a word"
 
 
+class TrackingError(UserError):
+    """MLflow could not be brought up to date. The run and its record are not affected."""
+
+
 def start(store_root: Path, run_id: str) -> subprocess.Popen[bytes]:
     """Start the child process that follows a run of this process. It ends by itself soon after the run does.
 
@@ -74,7 +78,7 @@ def sync(
     parent_pid: int | None = None,
     tracking_uri: str | None = None,
 ) -> None:
-    """Write to MLflow what it does not have of a run.
+    """Write to MLflow what it does not have of a run. Waits while another process does so.
 
     Args:
         store_root: The store's folder.
@@ -84,16 +88,14 @@ def sync(
         tracking_uri: Which MLflow; by default MLFLOW_TRACKING_URI, else the sqlite database in the store.
 
     Raises:
-        UserError: the run is unknown, its record cannot be read, MLflow cannot be reached, or another process is
-            writing this run to MLflow.
+        TrackingError: the run is unknown, its record cannot be read, or MLflow cannot be reached.
     """
     folder = store_root / "runs" / run_id
     if not follow and not (folder / "events.jsonl").is_file():
-        raise UserError(f"{folder} has no events.jsonl: there is no run {run_id!r} in this store")
+        raise TrackingError(f"{folder} has no events.jsonl: there is no run {run_id!r} in this store")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "mlflow.lock", wait=False) as got:
-        if not got:
-            raise UserError(f"run {run_id} is being written to MLflow by another process: it catches up by itself")
+    # A process that follows the run may hold the lock; when it lets go, little or nothing is left to do.
+    with locked(folder / "mlflow.lock"):
         tracker = Tracker(store_root, run_id, tracking_uri or default_tracking_uri(store_root), parent_pid)
         if follow:
             tracker.follow()
@@ -122,7 +124,7 @@ class Tracker:
             self._save(self.ids)
 
     def catch_up(self) -> None:
-        """Write everything recorded so far. Raises UserError if MLflow cannot be reached or refuses."""
+        """Write everything recorded so far. Raises TrackingError if MLflow cannot be reached or refuses."""
         # Asked before reading: what the driver wrote before it ended is then read.
         gone = self._driver_gone()
         try:
@@ -130,10 +132,10 @@ class Tracker:
             self._close_if_abandoned(gone)
         except _outages() as error:
             where = scrub_text(self.tracking_uri)
-            raise UserError(f"MLflow at {where} does not take run {self.run_id}: {_brief(error)}") from error
+            raise TrackingError(f"MLflow at {where} does not take run {self.run_id}: {_brief(error)}") from error
 
     def follow(self) -> None:
-        """Write events as they come until the run has ended. Raises UserError if MLflow stays away for too long."""
+        """Write events as they come until the run has ended. Raises TrackingError if MLflow stays away for too long."""
         backoff, deadline = FIRST_BACKOFF_SECONDS, None
         while True:
             gone = self._driver_gone()
@@ -151,7 +153,7 @@ class Tracker:
             except _outages() as error:
                 self._view = None
                 if deadline is not None and time.monotonic() + backoff > deadline:
-                    raise UserError(
+                    raise TrackingError(
                         f"MLflow has {self.ids.seq} of {len(self._events)} events of run {self.run_id}: "
                         f"{_brief(error)}; `ropewalk sync {self.run_id}` catches up"
                     ) from error
@@ -207,7 +209,7 @@ class Tracker:
     def _read(self) -> None:
         for event in self._tail.read():
             if not self._events and event["type"] != "run_started":
-                raise UserError(f"{self._tail.path} does not begin with run_started")
+                raise TrackingError(f"{self._tail.path} does not begin with run_started")
             self._events.append(event)
             if self._view:
                 self._view.remember(event)
@@ -248,7 +250,7 @@ class EventTail:
         self._offset = 0
 
     def read(self) -> list[dict[str, Any]]:
-        """New events; none while the file does not exist. Raises UserError naming a line that is no JSON."""
+        """New events; none while the file does not exist. Raises TrackingError naming a line that is no JSON."""
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(self._offset)
             complete, newline, _ = file.read().rpartition(b"\n")
@@ -261,7 +263,7 @@ class EventTail:
         try:
             return json.loads(line)
         except ValueError as error:
-            raise UserError(f"{self.path} has a line that is no JSON ({error}): {line[:80]!r}") from None
+            raise TrackingError(f"{self.path} has a line that is no JSON ({error}): {line[:80]!r}") from None
 
 
 def read_ids(path: Path) -> Ids:
@@ -311,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
             parent_pid=asked.parent_pid,
             tracking_uri=asked.tracking_uri,
         )
-    except UserError as error:
+    except TrackingError as error:
         say(str(error))
         return 1
     return 0

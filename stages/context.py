@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -178,6 +180,7 @@ def _run_rank(function: Callable[..., Any], config: Any, rank: int, world_size: 
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Spinning OpenMP threads of several ranks on few cores cost several times one thread each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
@@ -188,6 +191,16 @@ def _run_rank(function: Callable[..., Any], config: Any, rank: int, world_size: 
         raise
 
 
+def _end_with_parent() -> None:
+    """Ranks of a driver that was killed must not go on writing beside those of the next attempt."""
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _collect(processes: list[Any], events: Any, report: Report) -> list[Any]:
     results: dict[int, Any] = {}
     try:
@@ -196,7 +209,7 @@ def _collect(processes: list[Any], events: Any, report: Report) -> list[Any]:
                 dead = [rank for rank, p in enumerate(processes) if not p.is_alive() and rank not in results]
                 if dead and events.empty():
                     raise RuntimeError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}")
-                processes[0].join(timeout=0.02)
+                time.sleep(0.02)
                 continue
             kind, rank, payload = events.get()
             if kind == "event":

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
+
 from ropewalk.stages.schema import Record, TokenizerInfo, seeded_rng
 
 if TYPE_CHECKING:
     import numpy as np
 
 KEY_MARKER, ASK_MARKER = "<|key|>", "<|ask|>"
+MARKERS = (KEY_MARKER, ASK_MARKER)
 Split = Literal["train", "evaluation"]
 
 
@@ -128,15 +130,16 @@ def _pools(
     # Whole printable words and word pieces only: bytes of broken characters would not survive decoding.
     ordinary = [index for index, text in texts.items() if len(text) > 1 and text.strip().isalnum()]
     order = seeded_rng("episode-pools", 0).permutation(ordinary).tolist()
-    third = len(order) // 3
-    # Words are taken out of each third, so that a token is in the same pool whatever a format draws from.
-    thirds = [
+    half, two_thirds = len(order) // 2, len(order) * 2 // 3
+    # Half for training keys: the more keys are learned from, the better unseen ones are looked up. Words are taken
+    # out of each part, so that a token is in the same pool whatever a format draws from.
+    parts = [
         tuple(index for index in part if draw_from == "pieces" or texts[index][0] == " ")
-        for part in (order[:third], order[third : 2 * third], order[2 * third :])
+        for part in (order[:half], order[half:two_thirds], order[two_thirds:])
     ]
-    if min(map(len, thirds)) < 16:
+    if min(map(len, parts)) < 16:
         raise ValueError(
-            f"the tokenizer leaves {', '.join(str(len(part)) for part in thirds)} {draw_from} for training keys, "
+            f"the tokenizer leaves {', '.join(str(len(part)) for part in parts)} {draw_from} for training keys, "
             "evaluation keys and values; retrieval episodes need 16 of each: take a larger vocabulary"
         )
-    return {"train": thirds[0], "evaluation": thirds[1]}, thirds[2]
+    return {"train": parts[0], "evaluation": parts[1]}, parts[2]

@@ -233,6 +233,11 @@ def read_table(folder: Path, name: str, columns: Sequence[str] | None = None) ->
     return pa.concat_tables([pq.read_table(path, columns=wanted) for path in shard_paths(folder, name)])
 
 
+def list_lengths(column: pa.ChunkedArray) -> list[int]:
+    """The length of every list of a column such as `input_ids`, read from its offsets."""
+    return [length for chunk in column.chunks for length in chunk.value_lengths().to_pylist()]
+
+
 def stable_id(*parts: str | int) -> str:
     """A 16-hex-digit id that depends on its parts alone."""
     return hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).hexdigest()[:16]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import base64
+import functools
 import hashlib
 import json
 import math
+import shutil
+import tempfile
 from pathlib import Path
 
-PIXEL_PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010806000000 1f15c4890000000d49444154789c6360606060000000050001a5f645400000"
-    "000049454e44ae426082".replace(" ", "")
+PIXEL_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 
 
@@ -104,31 +108,28 @@ def sha256(text: str) -> str:
 
 
 QUICKSTART_STEPS = {
-    "documents": {"stage": "stages.data.ingest", "config": {"min_bytes": 100}, "inputs": {"files": {"external": "/in"}}},
+    "documents": {
+        "stage": "ingest",
+        "config": {"min_bytes": 100},
+        "inputs": {"files": {"external": "/in"}},
+    },
     "rows": {
-        "stage": "stages.data.pack",
+        "stage": "pack",
         "config": {"row_tokens": 4096, "mix": {"long_fraction": 0.5, "sources": ["a", "b"]}, "cap": None},
         "inputs": {"documents": {"step": "documents"}},
     },
-    "base": {"stage": "stages.training.train", "config": {"learning_rate": 1e-3}, "inputs": {"rows": {"step": "rows"}}},
+    "base": {"stage": "train", "config": {"learning_rate": 1e-3}, "inputs": {"rows": {"step": "rows"}}},
     "extend": {
-        "stage": "stages.training.train",
+        "stage": "train",
         "config": {"learning_rate": 1e-4, "hub_token": "hf_abcdefghijklmnopqrstuvwxyz"},
         "inputs": {"rows": {"step": "rows"}, "checkpoint": {"step": "base"}},
     },
-    "tasks": {"stage": "stages.evaluation.tasks", "config": {"lengths_tokens": [512, 1024, 2048, 4096]}},
-    "evaluate_base": {
-        "stage": "stages.evaluation.predict",
-        "inputs": {"checkpoint": {"step": "base"}, "samples": {"step": "tasks"}},
+    "evaluate": {
+        "stage": "evaluate",
+        "config": {"lengths_tokens": [512, 1024, 2048, 4096]},
+        "inputs": {"base": {"step": "base"}, "extended": {"step": "extend"}, "heldout": {"step": "documents"}},
     },
-    "evaluate_extended": {
-        "stage": "stages.evaluation.predict",
-        "inputs": {"checkpoint": {"step": "extend"}, "samples": {"step": "tasks"}},
-    },
-    "report": {
-        "stage": "stages.evaluation.report",
-        "inputs": {"base": {"step": "evaluate_base"}, "extended": {"step": "evaluate_extended"}},
-    },
+    "report": {"stage": "report", "inputs": {"evaluation": {"step": "evaluate"}}},
 }
 
 
@@ -138,20 +139,22 @@ def write_quickstart_run(store_root: Path, run_id: str, pipeline: str = "quickst
     record.start(**QUICKSTART_STEPS)
     record.begin("documents", files="/in")
     record.metrics("documents", {"num_documents": 12, "odd@name": 1.0})
-    record.succeed("documents", "documents", {"sample.jsonl": '{"text": "x"}\n'}, counts={"in": 12, "kept": 10, "short": 2})
+    record.succeed(
+        "documents", "documents", {"sample.jsonl": '{"text": "x"}\n'}, counts={"in": 12, "kept": 10, "short": 2}
+    )
     record.begin("rows", documents="documents")
     record.succeed("rows", "rows", row_tokens=4096, counts={"rows": 64})
     _train(record, "base", steps, {"rows": "rows"}, start=6.0, window=1024)
     _train(record, "extend", steps, {"rows": "rows", "checkpoint": "base"}, start=4.0, window=4096)
-    record.begin("tasks")
-    record.succeed("tasks", "documents", counts={"samples": 40})
-    for step, checkpoint, trained in (("evaluate_base", "base", 1024), ("evaluate_extended", "extend", 4096)):
-        record.begin(step, checkpoint=checkpoint, samples="tasks")
+    record.begin("evaluate", heldout="documents", base="base", extended="extend")
+    for model, window in (("base", 1024), ("extended", 4096)):
         for length in (512, 1024, 2048, 4096):
-            score = 0.9 if length <= trained else 0.1
-            record.metrics(step, {"score/needle": score, "score/words": score / 2}, at=length, about="checkpoint")
-        record.succeed(step, "predictions", {"scores.csv": "length,score\n"}, counts={"predictions": 40})
-    record.begin("report", base="evaluate_base", extended="evaluate_extended")
+            score = 0.9 if length <= window else 0.1
+            values = {"passkey/score": score, "multikey/score": score / 2, "loss_by_position": 4.0 - score}
+            record.metrics("evaluate", values, at=length, about=model)
+        record.metrics("evaluate", {"passkey/effective_length_tokens": float(window)}, about=model)
+    record.succeed("evaluate", "predictions", {"summary.json": "{}"}, counts={"predictions": 80})
+    record.begin("report", evaluation="evaluate")
     files = {"report.html": "<h1>Report</h1>", "plots/scores.png": PIXEL_PNG, "observed/latency.json": "{}"}
     record.succeed("report", "report", files)
     record.finish()
@@ -164,3 +167,21 @@ def _train(record: RecordBuilder, step: str, steps: int, slots: dict, *, start: 
         loss = 2.0 + (start - 2.0) * math.exp(-at / 10)
         record.metrics(step, {"train/loss": loss, "train/learning_rate": 1e-3 / at, "train/tokens": at * 4096}, at=at)
     record.succeed(step, "checkpoint", {"config.json": '{"model_type": "llama"}'}, row_tokens=window)
+
+
+@functools.cache
+def empty_database() -> Path:
+    """A fresh MLflow database, made once a process: MLflow takes several seconds for it."""
+    from ropewalk.infra.mlflow_database import prepare
+
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    prepare(f"sqlite:///{folder / 'mlflow.db'}")
+    return folder / "mlflow.db"
+
+
+def store_with_database(folder: Path) -> Path:
+    """A store's folder with its own copy of an empty MLflow database."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(empty_database(), folder / "mlflow.db")
+    return folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .plan import AttentionPlan
@@ -66,13 +67,20 @@ def sparse_attention_bwd(
     """(dq, dk, dv) of `sparse_attention` from its out and lse, for callers that merge branches themselves.
 
     Given the `out` and `lse` of several merged branches, this is the branch's share of the merged attention's
-    gradient: sum the shares of all branches. dout and out are [B, H, L, D], lse is [B, H, L]; the rest as in
-    `sparse_attention`.
+    gradient: sum the shares of all branches. dout and out are [B, H, L, D] in the dtype of q, lse is [B, H, L] in
+    fp32 (fp64 for fp64 input); the rest as in `sparse_attention`, errors included. Not differentiable itself.
     """
     _check(q, k, v, plan)
-    for name, tensor, shape in (("dout", dout, q.shape), ("out", out, q.shape), ("lse", lse, q.shape[:3])):
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} to fit q, got {list(tensor.shape)}")
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    for name, tensor, shape, dtype in (
+        ("dout", dout, q.shape, q.dtype),
+        ("out", out, q.shape, q.dtype),
+        ("lse", lse, q.shape[:3], lse_dtype),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} must be {list(shape)} in {dtype} to fit q, got {list(tensor.shape)} in {tensor.dtype}"
+            )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     match implementation:
         case "auto" | "segmented":

@@ -32,8 +32,11 @@ def causal(batch: int, q_tokens: int, k_tokens: int | None = None) -> AttentionP
 def document(document_starts: Sequence[Sequence[int]], row_tokens: int) -> AttentionPlan:
     """visible(i, j) = j <= i and doc(i) = doc(j): causal inside each document, one list of starts per row.
 
-    Raises ValueError, naming the row, for starts that are not strictly increasing from 0 and below `row_tokens`.
+    Raises ValueError without rows, and, naming the row, for starts that are not strictly increasing from 0 and below
+    `row_tokens`.
     """
+    if not document_starts:
+        raise ValueError("document_starts must have one list of starts for each row, got none")
     lo = torch.stack([_starts_by_position(row, starts, row_tokens) for row, starts in enumerate(document_starts)])
     hi = torch.arange(row_tokens, dtype=torch.int32).expand_as(lo)
     zeros = torch.zeros_like(lo)
@@ -55,9 +58,7 @@ def anchor(document_starts: Sequence[Sequence[int]], row_tokens: int) -> Attenti
                 f"row {row}: the anchor is position 0 alone, so document starts must begin 0, 1; got {list(starts[:3])}"
             )
     own = document(document_starts, row_tokens)
-    ghi = torch.ones_like(own.ghi)
-    ghi[:, 0] = 0
-    return AttentionPlan(own.lo, own.hi, own.glo, ghi, row_tokens)
+    return AttentionPlan(own.lo, own.hi, own.glo, torch.ones_like(own.ghi), row_tokens)
 
 
 def _starts_by_position(row: int, starts: Sequence[int], row_tokens: int) -> Tensor:

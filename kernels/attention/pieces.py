@@ -31,8 +31,6 @@ class Piece:
     k_stop: int
     causal: bool
     """True: a triangle, as many keys as queries, query n sees keys up to the n-th. False: all see all."""
-    opens: bool
-    """True: no earlier piece has any of these queries in these rows."""
 
 
 def decompose(intervals: Sequence[tuple[Tensor, Tensor]]) -> tuple[Piece, ...]:
@@ -44,34 +42,34 @@ def decompose(intervals: Sequence[tuple[Tensor, Tensor]]) -> tuple[Piece, ...]:
     differs = (edges[:, 1:] != edges[:, :-1]).any(dim=2).any(dim=0)
     borders = [0, *(differs.nonzero().flatten() + 1).tolist(), edges.shape[1]]
     return tuple(
-        Piece(row_start, row_stop, *place, causal=causal, opens=first and is_diagonal)
+        Piece(row_start, row_stop, *place)
         for row_start, row_stop in pairwise(borders)
-        for first, start, stop in _rows(edges[:, row_start])
-        for place, causal, is_diagonal in _cut(start, stop)
+        for start, stop in _intervals(edges[:, row_start])
+        for place in _cut(start, stop)
     )
 
 
-def _rows(edges: Tensor) -> Iterator[tuple[bool, Tensor, Tensor]]:
-    """The intervals [L] of one row, and whether each is the first; empty ones become [-1, -1)."""
+def _intervals(edges: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The intervals (start, stop), [L] each, of one row of the batch; empty ones become [-1, -1)."""
     for index in range(0, edges.shape[0], 2):
         start, stop = edges[index], edges[index + 1]
         is_empty = start >= stop
-        yield index == 0, start.masked_fill(is_empty, -1), stop.masked_fill(is_empty, -1)
+        yield start.masked_fill(is_empty, -1), stop.masked_fill(is_empty, -1)
 
 
-def _cut(start: Tensor, stop: Tensor) -> Iterator[tuple[tuple[int, int, int, int], bool, bool]]:
-    """((q_start, q_stop, k_start, k_stop), causal, whether it is the first piece with its queries)."""
+def _cut(start: Tensor, stop: Tensor) -> Iterator[tuple[int, int, int, int, bool]]:
+    """(q_start, q_stop, k_start, k_stop, causal) of the pieces of one interval."""
     starts, stops = start.tolist(), stop.tolist()
     for begin, end, kind in _runs(start, stop):
         low, high = starts[begin], stops[begin]
         if low == high:
             continue
         if kind == FLAT or end - begin == 1:
-            yield (begin, end, low, high), False, True
+            yield begin, end, low, high, False
             continue
-        yield (begin, end, high - 1, high - 1 + end - begin), True, True
+        yield begin, end, high - 1, high - 1 + end - begin, True
         if low < high - 1:
-            yield (begin, end, low, high - 1), False, False
+            yield begin, end, low, high - 1, False
 
 
 def _runs(start: Tensor, stop: Tensor) -> Iterator[tuple[int, int, int]]:

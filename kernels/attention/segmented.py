@@ -31,7 +31,7 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), each summed over the pieces in fp32 or better; `out` and `lse` may be merged ones."""
-    q, k, v, dout = (_unit_stride(tensor) for tensor in (q, k, v, dout))
+    dout, q, k, v, out = (_unit_stride(tensor) for tensor in (dout, q, k, v, out))
     dq, dk, dv = (torch.zeros(x.shape, dtype=_working_dtype(x), device=x.device) for x in (q, k, v))
     for piece in plan.pieces:
         rows, queries, keys = _slices(piece)
@@ -80,10 +80,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float)
         own = (rows, slice(None), queries)
         seen = (rows, slice(None), keys)
         piece_out, piece_lse = rectangle.forward(q[own], k[seen], v[seen], piece.causal, scale)
-        if piece.opens:
-            out[own], lse[own] = piece_out, piece_lse
-            continue
-        # exp(-inf) = 0 drops what queries without an earlier piece hold; piece_lse is finite.
+        # Queries without an earlier piece hold out 0 and lse -inf, which exp turns to 0; piece_lse is finite.
         merged = torch.logaddexp(lse[own], piece_lse)
         kept, added = ((part - merged).exp().unsqueeze(-1) for part in (lse[own], piece_lse))
         out[own], lse[own] = out[own] * kept + piece_out * added, merged

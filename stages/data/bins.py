@@ -121,12 +121,10 @@ def concatenate(lengths: Sequence[int], capacity: int, order: Iterable[int]) -> 
                 plan.append([])
                 room = capacity
             taken = min(room, lengths[document] - start)
-            is_end = start + taken == lengths[document]
-            plan[-1].append(Piece(document, start, taken, is_end))
+            plan[-1].append(Piece(document, start, taken, start + taken == lengths[document]))
             start += taken
-            room -= taken
-            if is_end and room:
-                room -= 1
+            # Where there is room left the document has ended, and a separator follows.
+            room = max(0, room - taken - 1)
     return plan
 
 

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from ropewalk.stages.schema import (
     Record,
     TokenizerInfo,
     iterate_table,
+    list_lengths,
     read_artifact,
     shard_paths,
     tokens_schema,
@@ -45,7 +46,6 @@ from ropewalk.stages.schema import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
 
 NAME = "encode"
@@ -76,15 +76,11 @@ class EncodeConfig(Record):
         return tokens
 
 
-@dataclass
 class ShardEncoder:
     """Encodes one Documents shard after another."""
 
-    tokenizer_json: str
-
-    @cached_property
-    def _encoder(self) -> Any:
-        return text_encoder(self.tokenizer_json)
+    def __init__(self, tokenizer_json: str) -> None:
+        self._encoder = text_encoder(tokenizer_json)
 
     def __call__(self, documents: pa.Table) -> pa.Table:
         """Documents (`doc_id`, `source`, `text`, `num_bytes`) to the same without `text`, with `input_ids`."""
@@ -127,9 +123,7 @@ class TokenStatistics:
 
     def add(self, shard: pa.Table) -> None:
         """Count the documents of a shard with `source`, `num_bytes` and `input_ids`."""
-        import pyarrow.compute as pc
-
-        lengths = pc.list_value_length(shard.column("input_ids")).to_pylist()
+        lengths = list_lengths(shard.column("input_ids"))
         sources, sizes = shard.column("source").to_pylist(), shard.column("num_bytes").to_pylist()
         for source, size, length in zip(sources, sizes, lengths, strict=True):
             self.num_documents[source] += 1
@@ -162,10 +156,8 @@ class TokenStatistics:
 
 def sample_texts(documents: Path, train_bytes: int) -> Iterator[str]:
     """Every n-th text of a Documents artifact, n the smallest for which the mean sample fits `train_bytes`."""
-    import pyarrow.compute as pc
-
     sizes = iterate_table(documents, "documents", ["num_bytes"])
-    total = sum(pc.sum(batch.column("num_bytes")).as_py() or 0 for batch in sizes)
+    total = sum(sum(batch.column("num_bytes").to_pylist()) for batch in sizes)
     step = max(1, -(-total // train_bytes))
     number = 0
     for batch in iterate_table(documents, "documents", ["text"]):
@@ -214,15 +206,13 @@ def _shards(documents: Path) -> Iterator[pa.Table]:
 
 
 def _write_tokens(
-    documents: Path, encoder: ShardEncoder, folder: Path, context: Context
+    documents: Path, tokenizer_json: str, folder: Path, context: Context
 ) -> tuple[TokenStatistics, dict[str, int]]:
-    import pyarrow.compute as pc
-
     statistics, num_in = TokenStatistics(), 0
     total = len(shard_paths(documents, "documents"))
-    for number, encoded in enumerate(context.map(encoder, _shards(documents))):
+    for number, encoded in enumerate(context.map(partial(ShardEncoder, tokenizer_json), _shards(documents))):
         num_in += encoded.num_rows
-        kept = encoded.filter(pc.greater(pc.list_value_length(encoded.column("input_ids")), 0))
+        kept = encoded.filter([length > 0 for length in list_lengths(encoded.column("input_ids"))])
         statistics.add(kept)
         write_shard(folder, "tokens", number, kept.select(["doc_id", "source", "input_ids"]).cast(tokens_schema()))
         context.progress(number + 1, total, "shards")
@@ -239,7 +229,7 @@ def run(config: EncodeConfig, inputs: Mapping[str, Path], output: Output, contex
     info = make_tokenizer(config, inputs, output.data / "tokenizer")
     trained = time.perf_counter()
     tokenizer_json = (output.data / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
-    statistics, counts = _write_tokens(documents, ShardEncoder(tokenizer_json), output.data, context)
+    statistics, counts = _write_tokens(documents, tokenizer_json, output.data, context)
     if expected is not None and counts["num_in"] != expected:
         raise ValueError(f"{documents} should hold {expected} documents, but has {counts['num_in']}")
     if not counts["num_kept"]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
+
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.readers import RawDocument, SourceConfig, open_source
 from ropewalk.stages.schema import Artifact, Record, documents_schema, write_artifact, write_shard
@@ -40,7 +41,7 @@ class IngestConfig(Record):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """In order: of equal texts, the first is kept."""
     shard_bytes: int = Field(default=16 * 2**20, gt=0)
-    """A shard is closed once its texts have this many bytes, or at 65,536 documents. Later stages work shard by shard."""
+    """A shard is closed at this many bytes of text, or at 65,536 documents. Later stages work shard by shard."""
 
     @field_validator("sources")
     @classmethod

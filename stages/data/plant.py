@@ -1,19 +1,20 @@
-"""Writes Rows that teach retrieval: running text, repeated segments, and facts planted in text and asked for at its end.
+"""Writes Rows that teach retrieval: running text, repeated segments, and facts planted in text and asked for.
 
 Reads `tokens`, and `tokenizer` (the folder that `encode` wrote) where there are episodes. Every row is `bos` and then:
 
-text      a window of the documents, laid end to end in a seeded order with `eos bos` between them;
+text      a window of the documents, laid end to end in a seeded order, each followed by `eos`;
 repeat    a window of 8 to `row_tokens`/2 tokens, tiled to the row, the last copy cut: with such rows induction, and so
-          retrieval, forms early in small models (Olsson et al. 2022, "In-context learning and induction heads");
+          retrieval, forms early in small models (Olsson et al. 2022, "In-context learning and induction heads"). The
+          copies count as planted, like answers: training can give both the same extra weight;
 episode   a window with facts at random places, then all their questions, in random order, each with its answer. Keys
           are of the training pool of `ropewalk.stages.episodes`.
 
 Each window goes on where the one of the row before ended; finished rows are shuffled. `loss_mask` is True but for
 position 0 and, in episodes, the facts and the questions: their keys and values are random, nothing predicts them.
-Attention is causal across documents. Lost: the tokens behind the last window, counted as unused documents, and marks at
-the beginning of a window. If the corpus is too small it is read again in another order: see the count `num_epochs`.
+Attention is causal across documents. Lost: what lies behind the last window; documents that no row has a piece of are
+counted. If the corpus is too small it is read again in another order: see the count `num_epochs`.
 
-Memory: the text that the rows use, and one shard.
+Memory: one output shard, and some hundred bytes for each document and row; the tokens are mapped from a scratch file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,14 +32,14 @@ from pydantic import Field, model_validator
 
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.quotas import largest_remainder
-from ropewalk.stages.data.running_text import Piece, RunningText, load_text, walk
+from ropewalk.stages.data.rows import load_corpus
+from ropewalk.stages.data.running_text import PlacedPiece, RunningText, lay_out
 from ropewalk.stages.data.vocabulary import load_tokenizer, tokenizer_digest
 from ropewalk.stages.episodes import EpisodeFormat, EpisodeWriter, episode_writer
 from ropewalk.stages.schema import (
     Artifact,
     Record,
     TokenizerInfo,
-    read_artifact,
     rows_schema,
     seeded_rng,
     stable_id,
@@ -104,7 +106,7 @@ class PlantedRow:
     """[row_tokens], int32."""
     loss_mask: np.ndarray
     """[row_tokens], bool."""
-    pieces: list[Piece]
+    pieces: list[PlacedPiece]
     """The segments; offsets count from the row's beginning."""
 
 
@@ -144,23 +146,22 @@ def plan_rows(config: PlantConfig, writer: EpisodeWriter | None) -> list[RowPlan
     return plans
 
 
-def text_row(window: np.ndarray, pieces: list[Piece], row_tokens: int, bos: int) -> PlantedRow:
-    """`bos` and the window, again and again until the row is full."""
+def text_row(window: np.ndarray, pieces: list[PlacedPiece], row_tokens: int, bos: int) -> PlantedRow:
+    """`bos` and the window, again and again until the row is full. Copies of the window are planted: in no segment."""
     import numpy as np
 
-    period = len(window)
     input_ids = np.concatenate([np.array([bos], np.int32), np.resize(window, row_tokens - 1)])
-    placed = [
-        piece._replace(offset=begin + piece.offset, num_tokens=min(piece.num_tokens, row_tokens - begin - piece.offset))
-        for begin in range(1, row_tokens, period)
-        for piece in pieces
-        if begin + piece.offset < row_tokens
-    ]
+    placed = [piece._replace(offset=1 + piece.offset) for piece in pieces]
     return PlantedRow(input_ids, np.arange(row_tokens) > 0, placed)
 
 
 def episode_row(
-    window: np.ndarray, pieces: list[Piece], writer: EpisodeWriter, num_facts: int, rng: np.random.Generator, bos: int
+    window: np.ndarray,
+    pieces: list[PlacedPiece],
+    writer: EpisodeWriter,
+    num_facts: int,
+    rng: np.random.Generator,
+    bos: int,
 ) -> PlantedRow:
     """`bos`, the window with facts planted between its tokens, and every question with its answer."""
     import numpy as np
@@ -169,7 +170,7 @@ def episode_row(
     places = np.sort(rng.choice(len(window) + 1, num_facts, replace=False)).tolist()
     parts: list[tuple[Sequence[int] | np.ndarray, bool]] = [([bos], False)]
     cuts = [0, *places, len(window)]
-    for number, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for number, (begin, end) in enumerate(pairwise(cuts)):
         parts.append((window[begin:end], True))
         if number < num_facts:
             parts.append((writer.fact(*facts[number]), False))
@@ -181,28 +182,39 @@ def episode_row(
     return PlantedRow(input_ids, loss_mask, _cut_pieces(pieces, cuts, writer.fact_tokens))
 
 
-def _cut_pieces(pieces: list[Piece], cuts: list[int], fact_tokens: int) -> list[Piece]:
+def _cut_pieces(pieces: list[PlacedPiece], cuts: list[int], fact_tokens: int) -> list[PlacedPiece]:
     placed = []
-    for number, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for number, (begin, end) in enumerate(pairwise(cuts)):
         shift = 1 + number * fact_tokens
         for piece in pieces:
             first, last = max(begin, piece.offset), min(end, piece.offset + piece.num_tokens)
             if first < last:
                 start = piece.start + first - piece.offset
-                placed.append(Piece(piece.document, start, last - first, first + shift))
+                placed.append(PlacedPiece(piece.document, start, last - first, first + shift))
     return placed
 
 
-def make_row(
-    config: PlantConfig, plan: RowPlan, number: int, start: int, text: RunningText, writer: EpisodeWriter | None
-) -> PlantedRow:
-    """Row `number` of the plan, whose window begins at `start`."""
-    window, pieces = text.window(start, plan.text_tokens)
-    if plan.kind != "episode":
-        return text_row(window, pieces, config.row_tokens, text.bos_token_id)
-    assert writer is not None
-    rng = seeded_rng(NAME, "episode", config.seed, number)
-    return episode_row(window, pieces, writer, plan.num_facts, rng, text.bos_token_id)
+@dataclass(frozen=True)
+class RowMaker:
+    """Makes any row of a plan, in any order."""
+
+    config: PlantConfig
+    plans: Sequence[RowPlan]
+    starts: Sequence[int]
+    """Where the window of each row begins in the text."""
+    text: RunningText
+    writer: EpisodeWriter | None
+    bos_token_id: int
+
+    def make(self, number: int) -> PlantedRow:
+        """Row `number` of the plan."""
+        plan = self.plans[number]
+        window, pieces = self.text.window(self.starts[number], plan.text_tokens)
+        if plan.kind != "episode":
+            return text_row(window, pieces, self.config.row_tokens, self.bos_token_id)
+        assert self.writer is not None
+        rng = seeded_rng(NAME, "episode", self.config.seed, number)
+        return episode_row(window, pieces, self.writer, plan.num_facts, rng, self.bos_token_id)
 
 
 def rows_table(row_ids: Sequence[str], rows: Sequence[PlantedRow], doc_ids: Sequence[str]) -> pa.Table:
@@ -243,39 +255,36 @@ def _episode_writer(config: PlantConfig, inputs: Mapping[str, Path], info: Token
     return episode_writer(config.episode, load_tokenizer(inputs["tokenizer"]), info)
 
 
-def _write_rows(
-    config: PlantConfig, plans: list[RowPlan], text: RunningText, writer: EpisodeWriter | None, output: Output
-) -> Iterator[list[PlantedRow]]:
-    starts = walk(text, [plan.text_tokens for plan in plans])
+def make_shards(maker: RowMaker) -> Iterator[tuple[list[str], list[PlantedRow]]]:
+    """Ids and rows of one output shard after another, in their final, shuffled order."""
+    config = maker.config
     order = seeded_rng(NAME, "order", config.seed).permutation(config.num_rows).tolist()
     shard_rows = min(65_536, max(1, _SHARD_TOKENS // config.row_tokens))
-    for shard, begin in enumerate(range(0, config.num_rows, shard_rows)):
+    for begin in range(0, config.num_rows, shard_rows):
         numbers = order[begin : begin + shard_rows]
-        rows = [make_row(config, plans[n], n, starts[n], text, writer) for n in numbers]
-        row_ids = [stable_id(NAME, config.seed, number) for number in numbers]
-        write_shard(output.data, "rows", shard, rows_table(row_ids, rows, text.doc_ids))
-        yield rows
+        yield [stable_id(NAME, config.seed, n) for n in numbers], [maker.make(n) for n in numbers]
 
 
 def run(config: PlantConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
     """Write the rows. Raises ValueError on bad input, or where facts do not fit."""
     started = time.perf_counter()
-    info = read_artifact(inputs["tokens"], "tokens").tokenizer
-    if info is None:
-        raise ValueError(f"{inputs['tokens']}/artifact.json describes no tokenizer: encode the documents again")
+    corpus, info = load_corpus(inputs["tokens"], context.work)
     writer = _episode_writer(config, inputs, info)
     plans = plan_rows(config, writer)
-    # A window may skip the two marks between documents.
-    text = load_text(inputs["tokens"], info, sum(plan.text_tokens + 2 for plan in plans), config.seed)
+    sizes = [plan.text_tokens for plan in plans]
+    # Each window may pass over one end token.
+    text = lay_out(corpus, info.eos_token_id, sum(sizes) + len(sizes), config.seed)
+    maker = RowMaker(config, plans, text.walk(sizes), text, writer, info.bos_token_id)
     used: set[int] = set()
-    totals: Counter[str] = Counter(num_rows=0, num_document_tokens=0, num_target_tokens=0)
-    for rows in _write_rows(config, plans, text, writer, output):
+    totals: Counter[str] = Counter(num_rows=0, num_tokens_kept=0, num_target_tokens=0)
+    for shard, (row_ids, rows) in enumerate(make_shards(maker)):
+        write_shard(output.data, "rows", shard, rows_table(row_ids, rows, corpus.doc_ids))
         used.update(piece.document for row in rows for piece in row.pieces)
         totals["num_rows"] += len(rows)
-        totals["num_document_tokens"] += sum(piece.num_tokens for row in rows for piece in row.pieces)
+        totals["num_tokens_kept"] += sum(piece.num_tokens for row in rows for piece in row.pieces)
         totals["num_target_tokens"] += sum(int(row.loss_mask.sum()) for row in rows)
         context.progress(totals["num_rows"], config.num_rows, "rows")
-    counts = _counts(config, plans, totals, text, len(used))
+    counts = _counts(maker, totals, len(used))
     write_artifact(output.data, Artifact(kind="rows", tokenizer=info, row_tokens=config.row_tokens, counts=counts))
     seconds = time.perf_counter() - started
     measured = {"seconds": seconds, "rows_per_second": config.num_rows / seconds}
@@ -283,19 +292,17 @@ def run(config: PlantConfig, inputs: Mapping[str, Path], output: Output, context
     context.log(counts)
 
 
-def _counts(
-    config: PlantConfig, plans: list[RowPlan], totals: Counter[str], text: RunningText, num_used: int
-) -> dict[str, int]:
-    kinds = Counter(plan.kind for plan in plans)
-    num_tokens = config.num_rows * config.row_tokens
+def _counts(maker: RowMaker, totals: Counter[str], num_used: int) -> dict[str, int]:
+    kinds = Counter(plan.kind for plan in maker.plans)
+    num_documents, num_tokens = len(maker.text.corpus.doc_ids), totals["num_rows"] * maker.config.row_tokens
     return {
         **totals,
         **{f"num_{kind}_rows": kinds[kind] for kind in ("episode", "repeat", "text")},
-        "num_facts": sum(plan.num_facts for plan in plans),
+        "num_facts": sum(plan.num_facts for plan in maker.plans),
         "num_tokens": num_tokens,
-        "num_inserted_tokens": num_tokens - totals["num_document_tokens"],
-        "num_documents": text.num_documents,
-        "num_used_documents": num_used,
-        "num_unused_documents": text.num_documents - num_used,
-        "num_epochs": text.num_epochs,
+        "num_tokens_inserted": num_tokens - totals["num_tokens_kept"],
+        "num_documents_in": num_documents,
+        "num_documents_used": num_used,
+        "num_documents_unused": num_documents - num_used,
+        "num_epochs": maker.text.num_epochs,
     }

@@ -1,8 +1,8 @@
 """Reads the files and data sets that documents come from, one document at a time.
 
 A source is a folder (or one file) of text files, JSON Lines or Parquet, or a Hugging Face data set. `open_source` cuts
-it into parts, one a file, in the order of their relative paths; calling a part reads it. Files are listed in full, their
-contents are not: memory is bounded by one text file, one line, one Parquet batch.
+it into parts, one a file, in the order of their relative paths; calling a part reads it. In memory are the paths and one
+text file, one line or one Parquet batch.
 
 Globs are matched against relative POSIX paths, part by part and case-sensitively: `**` stands for any number of
 folders, `*`, `?` and `[...]` for text inside one name.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+
 from ropewalk.stages.schema import Record
 
 Format = Literal["text", "jsonl", "parquet", "huggingface"]

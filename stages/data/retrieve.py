@@ -83,7 +83,7 @@ class Bm25:
             terms, counts = terms[strongest], counts[strongest]
         begins = self.term_offsets[terms]
         lengths = self.term_offsets[terms + 1] - begins
-        # The postings of all terms at once: bm25s walks them term by term, once per occurrence, at a tenth of the speed.
+        # The postings of all terms at once: term by term, once per occurrence, bm25s takes ten times as long.
         shifts = begins - np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(terms) else begins
         places = np.repeat(shifts, lengths) + np.arange(lengths.sum())
         added = self.weights[places].astype(np.float64) * np.repeat(counts, lengths)

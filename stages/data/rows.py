@@ -75,7 +75,7 @@ class Corpus:
 def load_corpus(folder: Path, work: Path) -> tuple[Corpus, TokenizerInfo]:
     """Read a Tokens artifact; its ids go to a scratch file in `work`, which is mapped.
 
-    Raises ValueError if it has no tokenizer, a document id occurs twice, or an id is not in the vocabulary.
+    Raises ValueError if it has no tokenizer or no tokens, a document id occurs twice, or an id is not in the vocabulary.
     """
     import numpy as np
 
@@ -97,11 +97,12 @@ def load_corpus(folder: Path, work: Path) -> tuple[Corpus, TokenizerInfo]:
             file.write(flat.astype("<i4").tobytes())
             lengths.append(ids.value_lengths().to_numpy().astype(np.int64))
             doc_ids.extend(batch.column("doc_id").to_pylist())
+    if not sum(int(part.sum()) for part in lengths):
+        raise ValueError(f"{folder} holds no tokens: there is nothing to lay into rows")
     if len(set(doc_ids)) != len(doc_ids):
         raise ValueError(f"{folder} holds a doc_id more than once: deduplicate the documents by id before encoding")
     offsets = np.cumsum(np.concatenate(lengths))
-    flat_ids = np.memmap(path, dtype="<i4", mode="r") if offsets[-1] else np.zeros(0, dtype=np.int32)
-    return Corpus(doc_ids, offsets, flat_ids), info
+    return Corpus(doc_ids, offsets, np.memmap(path, dtype="<i4", mode="r")), info
 
 
 @dataclass(frozen=True)

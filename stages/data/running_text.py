@@ -1,7 +1,7 @@
 """Documents laid end to end in a seeded order, epoch after epoch, read through windows of any length.
 
-Every document is framed as `bos document eos` (as `bos document` if the two marks are one token). A window never begins
-with a mark: the row that takes it has its own `bos`.
+Every document is followed by the end token. A window never begins with one: the row that takes it begins with its own
+begin token.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ropewalk.stages.schema import TokenizerInfo, iterate_table, seeded_rng
+from ropewalk.stages.data.rows import Corpus
+from ropewalk.stages.schema import seeded_rng
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-class Piece(NamedTuple):
+class PlacedPiece(NamedTuple):
     """Consecutive tokens of one document inside a window or row."""
 
     document: int
-    """Index into `RunningText.doc_ids`."""
+    """Index into `Corpus.doc_ids`."""
     start: int
     """Offset in the document, in tokens."""
     num_tokens: int
@@ -32,113 +32,64 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class RunningText:
-    """The text, as the documents in memory and the order in which they come."""
+    """The text, as a corpus and the order in which its documents come."""
 
-    doc_ids: Sequence[str]
-    tokens: Sequence[np.ndarray]
-    """`input_ids` of each document, int32."""
+    corpus: Corpus
+    eos_token_id: int
     order: Sequence[int]
-    """Indices of the documents, in the order of the text; each epoch has every document once."""
-    frames: Sequence[int]
-    """Where each document of `order` begins in the text, its `bos` included, and, last, where the text ends."""
+    """Indices of documents; each epoch has every document once, empty ones excepted."""
+    ends: Sequence[int]
+    """Where each document of `order` ends in the text, its end token included."""
     num_epochs: int
     """Epochs begun."""
-    num_documents: int
-    """Documents of the corpus with at least one token, whether the text reached them or not."""
-    bos_token_id: int
-    eos_token_id: int
-
-    @property
-    def _num_marks(self) -> int:
-        return 1 if self.bos_token_id == self.eos_token_id else 2
 
     def next_token(self, cursor: int) -> int:
-        """The first position at or behind `cursor` that holds a document's token, not a mark."""
-        number = bisect_right(self.frames, cursor) - 1
-        begin, end = self.frames[number], self.frames[number + 1] - (self._num_marks - 1)
-        if cursor == begin:
-            return cursor + 1
-        return cursor if cursor < end else self.frames[number + 1] + 1
+        """The first position at or behind `cursor` that holds a document's token."""
+        return cursor + (self.ends[bisect_right(self.ends, cursor)] == cursor + 1)
 
-    def window(self, cursor: int, num_tokens: int) -> tuple[np.ndarray, list[Piece]]:
-        """`num_tokens` ids of the text from `cursor`, marks included, and the pieces of documents in them."""
+    def window(self, cursor: int, num_tokens: int) -> tuple[np.ndarray, list[PlacedPiece]]:
+        """`num_tokens` ids of the text from `cursor`, end tokens included, and the pieces of documents in them."""
         import numpy as np
 
         ids = np.full(num_tokens, self.eos_token_id, dtype=np.int32)
         pieces = []
-        number = bisect_right(self.frames, cursor) - 1
-        while self.frames[number] < cursor + num_tokens:
+        number, filled = bisect_right(self.ends, cursor), 0
+        while filled < num_tokens:
             document = self.order[number]
-            first = self.frames[number] + 1
-            if cursor < first:
-                ids[first - 1 - cursor] = self.bos_token_id
-            begin, end = max(first, cursor), min(first + len(self.tokens[document]), cursor + num_tokens)
-            if begin < end:
-                ids[begin - cursor : end - cursor] = self.tokens[document][begin - first : end - first]
-                pieces.append(Piece(document, begin - first, end - begin, begin - cursor))
-            number += 1
+            length = int(self.corpus.offsets[document + 1] - self.corpus.offsets[document])
+            start = length + 1 - (self.ends[number] - cursor - filled)
+            taken = min(length - start, num_tokens - filled)
+            if taken > 0:
+                ids[filled : filled + taken] = self.corpus.piece(document, start, taken)
+                pieces.append(PlacedPiece(document, start, taken, filled))
+            number, filled = number + 1, filled + taken + 1
         return ids, pieces
 
+    def walk(self, sizes: Sequence[int]) -> list[int]:
+        """Where windows of these sizes begin when each follows the one before."""
+        starts, cursor = [], 0
+        for size in sizes:
+            starts.append(self.next_token(cursor))
+            cursor = starts[-1] + size
+        return starts
 
-def load_text(folder: Path, tokenizer: TokenizerInfo, min_tokens: int, seed: int) -> RunningText:
-    """At least `min_tokens` of running text from a Tokens artifact.
 
-    Memory holds the documents that the text reaches, and the lengths of all. Raises ValueError if there are none.
-    """
+def lay_out(corpus: Corpus, eos_token_id: int, min_tokens: int, seed: int) -> RunningText:
+    """At least `min_tokens` of running text. Raises ValueError if the corpus has no token."""
     import numpy as np
 
-    lengths = np.concatenate(
-        [
-            np.asarray(batch.column("input_ids").value_lengths(), dtype=np.int64)
-            for batch in iterate_table(folder, "tokens", ["input_ids"])
-        ]
-    )
+    lengths = np.diff(corpus.offsets)
     usable = np.flatnonzero(lengths)
     if not len(usable):
-        raise ValueError(f"{folder} holds no token")
-    num_marks = 1 if tokenizer.bos_token_id == tokenizer.eos_token_id else 2
-    order, total, epoch = [], 0, 0
-    while total < min_tokens:
+        raise ValueError("the input `tokens` holds no token")
+    order: list[int] = []
+    ends: list[int] = []
+    epoch = 0
+    while not ends or ends[-1] < min_tokens:
         shuffled = usable[seeded_rng("running-text", seed, epoch).permutation(len(usable))]
-        ends = total + np.cumsum(lengths[shuffled] + num_marks)
-        order.append(shuffled[: int(np.searchsorted(ends, min_tokens)) + 1])
-        total, epoch = int(ends[-1]), epoch + 1
-    rows = np.concatenate(order)
-    reached, indices = np.unique(rows, return_inverse=True)
-    doc_ids, tokens = _take(folder, reached)
-    frames = np.concatenate([[0], np.cumsum(lengths[rows] + num_marks)])
-    return RunningText(
-        doc_ids,
-        tokens,
-        indices.tolist(),
-        frames.tolist(),
-        epoch,
-        len(usable),
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-    )
-
-
-def _take(folder: Path, rows: np.ndarray) -> tuple[list[str], list[np.ndarray]]:
-    import numpy as np
-
-    doc_ids: list[str] = []
-    tokens: list[np.ndarray] = []
-    first = 0
-    for batch in iterate_table(folder, "tokens", ["doc_id", "input_ids"]):
-        low, high = np.searchsorted(rows, [first, first + batch.num_rows])
-        wanted = batch.take(rows[low:high] - first)
-        doc_ids += wanted.column("doc_id").to_pylist()
-        tokens += [ids.values.to_numpy() for ids in wanted.column("input_ids")]
-        first += batch.num_rows
-    return doc_ids, tokens
-
-
-def walk(text: RunningText, sizes: Sequence[int]) -> list[int]:
-    """Where windows of these sizes begin when each follows the one before."""
-    starts, cursor = [], 0
-    for size in sizes:
-        cursor = text.next_token(cursor)
-        starts.append(cursor)
-        cursor += size
-    return starts
+        reached = (ends[-1] if ends else 0) + np.cumsum(lengths[shuffled] + 1)
+        needed = int(np.searchsorted(reached, min_tokens)) + 1
+        order += shuffled[:needed].tolist()
+        ends += reached[:needed].tolist()
+        epoch += 1
+    return RunningText(corpus, eos_token_id, order, ends, epoch)

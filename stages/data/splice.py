@@ -4,7 +4,8 @@ Reads   slots `tokens` (Tokens) and `documents` (Documents, for the texts; docum
         Deduplicate first: otherwise a row becomes copies of one document.
 Writes  Rows (policy `causal`: plain causal attention across documents, no position reset), shuffled by `seed`, and
         `edges-00000.parquet`: who retrieved whom (`row_id`, `parent_doc_id`, `child_doc_id`, `rank`, `score`).
-Loses   tails shorter than `min_remainder_tokens`, the last row if `partial_row="drop"`, rows beyond `num_rows`; counted.
+Loses   tails shorter than `min_remainder_tokens`, the last row if `partial_row="drop"`, rows beyond `num_rows`; all
+        counted.
 
 A row starts with a random unused document, the root. Breadth first, each document brings in the k nearest that are
 unused, until the row is full; the documents are ordered, then cut at the row's end. Where the paper is silent:
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,7 +125,7 @@ class Splicing:
 def gather(
     pool: Pool, neighbours: Any, config: SpliceConfig, row: int, rng: np.random.Generator
 ) -> tuple[list[int], list[Edge], int]:
-    """Documents for one row, in the order of retrieval, the edges between them, and the number of roots."""
+    """Documents for one row, in the order of retrieval, the edges between them, and the number of roots drawn."""
     capacity, size, num_roots = config.row_tokens - 1, 0, 0
     chosen: list[int] = []
     edges: list[Edge] = []
@@ -202,8 +204,7 @@ def similarity_statistics(splicing: Splicing, index: Bm25, seed: int) -> dict[st
     rows = splicing.plan[splicing.num_own_rows :]
     values: list[list[float]] = []
     for row in rows:
-        pairs = zip(row, row[1:], strict=False)
-        values.append([index.similarity(left.document, right.document) for left, right in pairs])
+        values.append([index.similarity(left.document, right.document) for left, right in pairwise(row)])
     num_pairs = sum(map(len, values))
     drawn = seeded_rng(seed, NAME, "pairs").integers(index.num_documents, size=(num_pairs, 2)).tolist()
     at_random = [index.similarity(left, right) for left, right in drawn if left != right]

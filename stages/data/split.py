@@ -17,7 +17,16 @@ from typing import Literal
 from pydantic import Field
 
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.schema import Artifact, Record, read_artifact, shard_paths, stable_id, write_artifact, write_shard
+from ropewalk.stages.schema import (
+    Artifact,
+    Record,
+    list_lengths,
+    read_artifact,
+    shard_paths,
+    stable_id,
+    write_artifact,
+    write_shard,
+)
 
 NAME = "split"
 VERSION = 1
@@ -43,15 +52,14 @@ def is_heldout(config: SplitConfig, doc_id: str, num_tokens: int) -> bool:
 
 def run(config: SplitConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
     """Write the documents of one subset, shard by shard. Raises ValueError if it is empty."""
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     tokenizer = read_artifact(inputs["tokens"], "tokens").tokenizer
     paths = shard_paths(inputs["tokens"], "tokens")
-    totals = dict.fromkeys(("num_in", "num_kept", "num_other_subset", "num_tokens_in", "num_tokens"), 0)
+    totals = {"num_in": 0, "num_kept": 0, "num_other_subset": 0, "num_tokens_in": 0, "num_tokens": 0}
     for number, path in enumerate(paths):
         table = pq.read_table(path)
-        lengths = pc.list_value_length(table.column("input_ids")).to_pylist()
+        lengths = list_lengths(table.column("input_ids"))
         ids = table.column("doc_id").to_pylist()
         wanted = [
             is_heldout(config, doc_id, length) == (config.subset == "heldout")

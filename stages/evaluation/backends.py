@@ -53,13 +53,14 @@ class HuggingFaceBackend:
 
         self._chunk_tokens = chunk_tokens
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, precision),
             attn_implementation="sdpa",
             local_files_only=True,
             output_loading_info=True,
         )
+        model, loading = loaded
         if loading["missing_keys"]:
             # transformers would make them up at random.
             raise ValueError(f"{folder} lacks the weights {sorted(loading['missing_keys'])[:3]}: save it again")

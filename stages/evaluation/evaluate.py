@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,29 @@ class LossUnit:
         return f"{self.model}-loss-{self.first}"
 
 
+@dataclass(frozen=True)
+class Material:
+    """What samples are made of, the same for every model."""
+
+    haystack: Haystack
+    doc_ids: list[str]
+    writer: EpisodeWriter
+    tokenizer: Any
+    """A transformers fast tokenizer."""
+    info: TokenizerInfo
+
+
+def load_material(config: EvaluateConfig, inputs: Mapping[str, Path], info: TokenizerInfo) -> Material:
+    """Read the held-out text and put the episode format into ids."""
+    from transformers import AutoTokenizer
+
+    table = read_table(inputs["heldout"], "tokens", ["doc_id", "input_ids"])
+    documents = [ids.values.to_numpy() for chunk in table["input_ids"].chunks for ids in chunk]
+    tokenizer = AutoTokenizer.from_pretrained(inputs[config.models[0]], local_files_only=True)
+    writer = episode_writer(config.episode, tokenizer, info)
+    return Material(Haystack(documents, info.eos_token_id), table["doc_id"].to_pylist(), writer, tokenizer, info)
+
+
 @dataclass
 class UnitRunner:
     """Does units of work. Pickled to each worker, where it loads the held-out text and one model at a time."""
@@ -133,60 +157,36 @@ class UnitRunner:
     config: EvaluateConfig
     inputs: dict[str, Path]
     info: TokenizerInfo
+    _material: Material | None = field(default=None, repr=False)
     _backend: tuple[str, Backend] | None = None
-    _text: Any = field(default=None, repr=False)
 
     def __call__(self, unit: RetrievalUnit | LossUnit) -> Tree:
         """The unit's records, as JSON."""
-        if self._text is None:
-            self._text = _load_text(self.config, self.inputs, self.info)
+        if self._material is None:
+            self._material = load_material(self.config, self.inputs, self.info)
         if self._backend is None or self._backend[0] != unit.model:
             self._backend = None  # frees the last model before the next is loaded
-            self._backend = (
-                unit.model,
-                HuggingFaceBackend(self.inputs[unit.model], precision=self.config.precision),
-            )
-        backend = self._backend[1]
+            backend = HuggingFaceBackend(self.inputs[unit.model], precision=self.config.precision)
+            self._backend = (unit.model, backend)
         if isinstance(unit, LossUnit):
-            return _measure_losses(unit, self.config, backend, self._text[0], self._text[3], self.info)
-        haystack, writer, tokenizer, _ = self._text
-        return ask(unit.task, unit.length_tokens, self.config, backend, haystack, writer, tokenizer, self.info)
+            return measure_losses(unit.indices, self.config, self._backend[1], self._material)
+        return ask(unit.task, unit.length_tokens, self.config, self._backend[1], self._material)
 
 
-def _load_text(
-    config: EvaluateConfig, inputs: Mapping[str, Path], info: TokenizerInfo
-) -> tuple[Haystack, EpisodeWriter, Any, list[str]]:
-    from transformers import AutoTokenizer
-
-    table = read_table(inputs["heldout"], "tokens", ["doc_id", "input_ids"])
-    documents = [ids.values.to_numpy() for chunk in table["input_ids"].chunks for ids in chunk]
-    tokenizer = AutoTokenizer.from_pretrained(inputs[config.models[0]], local_files_only=True)
-    writer = episode_writer(config.episode, tokenizer, info)
-    return Haystack(documents, info.eos_token_id), writer, tokenizer, table["doc_id"].to_pylist()
-
-
-def ask(
-    task: Task,
-    length_tokens: int,
-    config: EvaluateConfig,
-    backend: Backend,
-    haystack: Haystack,
-    writer: EpisodeWriter,
-    tokenizer: Any,
-    info: TokenizerInfo,
-) -> Tree:
+def ask(task: Task, length_tokens: int, config: EvaluateConfig, backend: Backend, material: Material) -> Tree:
     """Ask one backend all samples of a task at one length: `predictions`, `samples` and `seconds` by sample id."""
-    samples = [
-        build_sample(
-            task, length_tokens, depth, index,
-            seed=config.seed, writer=writer, haystack=haystack, bos_token_id=info.bos_token_id,
-        )
-        for depth in config.depths
-        for index in range(config.samples_per_cell)
-    ]  # fmt: skip
+    writer, tokenizer = material.writer, material.tokenizer
+    build = partial(
+        build_sample,
+        seed=config.seed,
+        writer=writer,
+        haystack=material.haystack,
+        bos_token_id=material.info.bos_token_id,
+    )
+    cells = [(depth, index) for depth in config.depths for index in range(config.samples_per_cell)]
     result: Tree = {"predictions": [], "samples": [], "seconds": {}}
-    for first in range(0, len(samples), config.batch_rows):
-        batch = samples[first : first + config.batch_rows]
+    for first in range(0, len(cells), config.batch_rows):
+        batch = [build(task, length_tokens, *cell) for cell in cells[first : first + config.batch_rows]]
         begin = time.perf_counter()
         generated = backend.generate([sample.prompt_ids for sample in batch], writer.value_tokens)
         seconds = (time.perf_counter() - begin) / len(batch)
@@ -197,32 +197,25 @@ def ask(
     return result
 
 
-def _measure_losses(
-    unit: LossUnit,
-    config: EvaluateConfig,
-    backend: Backend,
-    haystack: Haystack,
-    doc_ids: list[str],
-    info: TokenizerInfo,
-) -> Tree:
-    sequences = [
-        [info.bos_token_id, *haystack.documents[index][: config.loss_tokens - 1].tolist()] for index in unit.indices
-    ]
-    names = [doc_ids[index] for index in unit.indices]
-    return {"losses": list(loss_records(backend, sequences, names, config.loss_bucket_edges))}
+def measure_losses(indices: Sequence[int], config: EvaluateConfig, backend: Backend, material: Material) -> Tree:
+    """The `losses` of one backend on some documents, by position."""
+    bos, documents = material.info.bos_token_id, material.haystack.documents
+    sequences = [[bos, *documents[index][: config.loss_tokens - 1].tolist()] for index in indices]
+    doc_ids = [material.doc_ids[index] for index in indices]
+    return {"losses": list(loss_records(backend, sequences, doc_ids, config.loss_bucket_edges))}
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
     """Evaluate the models (see the module)."""
     info, models = describe_models(config.models, config.lengths_tokens, inputs)
-    haystack, writer, _, doc_ids = _load_text(config, inputs, info)
+    material = load_material(config, inputs, info)
     for task in config.tasks:
-        check_pools(task, writer)
+        check_pools(task, material.writer)
         for length in config.lengths_tokens:
-            text_tokens(task, length, writer)
+            material.haystack.require(text_tokens(task, length, material.writer))
     chosen, num_eligible = loss_documents(
-        haystack.documents,
-        doc_ids,
+        material.haystack.documents,
+        material.doc_ids,
         num_documents=config.loss_documents,
         num_tokens=config.loss_tokens,
         seed=config.seed,
@@ -238,14 +231,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Path], output: Output, cont
 
     samples = list(_in_order(units, results, config.models[0], "samples"))
     _write(output, config, units, results, samples, predictions, losses, summary)
-    write_artifact(
-        output.data,
-        Artifact(
-            kind="predictions",
-            tokenizer=info,
-            counts=_counts(config, haystack, samples, predictions, len(chosen), num_eligible),
-        ),
-    )
+    counts = _counts(config, material.haystack, samples, predictions, len(chosen), num_eligible)
+    write_artifact(output.data, Artifact(kind="predictions", tokenizer=info, counts=counts))
     _log(summary, context)
 
 
@@ -275,9 +262,9 @@ def _results(
     fresh = context.map(UnitRunner(config, dict(inputs), info), missing)
     for unit, path in zip(units, paths, strict=True):
         if unit in missing:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(next(iter(fresh))), encoding="utf-8")
-            partial.replace(path)
+            unfinished = path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(next(fresh)), encoding="utf-8")
+            unfinished.replace(path)
             done += 1
             context.progress(done, len(units), "units")
         yield json.loads(path.read_text(encoding="utf-8"))

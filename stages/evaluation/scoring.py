@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -81,9 +82,14 @@ def loss_records(
     """The losses of a batch by position. Each sequence begins with a begin mark, position 0, which is never a target.
 
     Sums over tokens, not means of window means: a bucket's loss is later the sum over documents by their tokens.
+    Raises ValueError if a loss is not a finite number.
     """
     losses_BL = backend.token_losses(sequences)
     for doc_id, losses_L in zip(doc_ids, losses_BL, strict=True):
+        if not all(map(math.isfinite, losses_L)):
+            raise ValueError(
+                f"the model's loss on document {doc_id} is not finite: its weights or precision are broken"
+            )
         for start, end in pairwise(edges):
             bucket = losses_L[max(start - 1, 0) : end - 1]
             yield {

@@ -137,6 +137,7 @@ def _comparisons(model: str, baseline: Rows, predictions: Rows, analysis: Analys
         neither = len(pairs) - both - only_first - only_second
         difference = paired_difference(both, only_first, only_second, neither, analysis.confidence)
         discordant = (only_first + only_second) / len(pairs)
+        p_value = mcnemar(only_first, only_second)
         compared.append(
             {
                 "model": model,
@@ -146,7 +147,9 @@ def _comparisons(model: str, baseline: Rows, predictions: Rows, analysis: Analys
                 "num_samples": len(pairs),
                 "only_baseline": only_first,
                 "only_model": only_second,
-                "p_value": mcnemar(only_first, only_second),
+                "p_value": p_value,
+                # Interval and test can disagree at the edge; a difference is established only if both say so.
+                "established": difference.low * difference.high > 0 and p_value < 1 - analysis.confidence,
                 # Fewer than a tenth of the pairs disagreeing here says little about the next ones.
                 "detectable_difference": detectable_difference(len(pairs), max(discordant, 0.1), analysis.confidence),
             }
@@ -194,7 +197,7 @@ def _loss_row(model: str, bucket: tuple[int, int], sums: list[float], rows: Rows
 
 def _effective_lengths(scores: list[Tree], analysis: Analysis) -> list[Tree]:
     rows = []
-    for task in dict.fromkeys(row["task"] for row in scores):
+    for task in sorted({row["task"] for row in scores}, key=lambda task: (task != ALL_TASKS, task)):
         shortest = min(row["length_tokens"] for row in scores)
         reference = next(
             row["mean"]

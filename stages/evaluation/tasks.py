@@ -74,7 +74,7 @@ class Haystack:
         """Exactly `num_tokens` ids and the number of documents they come from.
 
         A random window of one random document that is long enough; only where none is, whole documents in random
-        order, the last one cut. No document is used twice. Raises ValueError if all of them together are too short.
+        order, the last one cut. No document is used twice. All of them together must be long enough (see `require`).
         """
         long_enough = [document for document in self.documents if len(document) >= num_tokens]
         if long_enough:
@@ -87,10 +87,16 @@ class Haystack:
             if len(joined) >= num_tokens:
                 return joined[:num_tokens], used
             joined.append(self.separator)
-        raise ValueError(
-            f"heldout has {len(joined)} tokens in all and lengths_tokens asks for texts of {num_tokens}: "
-            "hold out more documents or drop the longest length"
-        )
+        raise AssertionError("a text was asked for that `require` should have refused")
+
+    def require(self, num_tokens: int) -> None:
+        """Raise ValueError if all documents together are shorter than `num_tokens`."""
+        held = sum(map(len, self.documents))
+        if held < num_tokens:
+            raise ValueError(
+                f"heldout has {held} tokens in all and lengths_tokens asks for texts of {num_tokens}: "
+                "hold out more documents or drop the longest length"
+            )
 
 
 def text_tokens(task: Task, length_tokens: int, writer: EpisodeWriter) -> int:
@@ -131,7 +137,7 @@ def build_sample(
     haystack: Haystack,
     bos_token_id: int,
 ) -> Sample:
-    """Build one sample. Raises ValueError if the length does not fit the task or the held-out text."""
+    """Build one sample. Raises ValueError if the length does not fit the task."""
     rng = seeded_rng(seed, "retrieval-sample", task.name, length_tokens, repr(float(depth)), index)
     num_text = text_tokens(task, length_tokens, writer)
     text, num_documents = haystack.text(rng, num_text)

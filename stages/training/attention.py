@@ -142,7 +142,7 @@ def attention_forward(
     if reasons := [what for what, given in refused.items() if given]:
         raise ValueError(f"attention {ATTENTION_NAME!r} cannot honour {', '.join(reasons)}")
     if torch.is_autocast_enabled(query.device.type):
-        # As torch does for its own attention: rotary embeddings leave q and k in fp32, v arrives in half precision.
+        # As torch does for its own attention: norms and rotary embeddings leave q and k in fp32, v is bfloat16.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attention_plan is None:

@@ -2,7 +2,8 @@
 
 Deliberate choices, each against a default that costs something:
 
-* the optimiser is torch's AdamW, passed in: one named in DeepSpeed's config is compiled at run time, minutes on a CPU;
+* nothing is compiled at run time (minutes on a CPU): the optimiser is torch's AdamW, passed in, not one that
+  DeepSpeed's config names;
 * buckets are no larger than the model: the defaults reserve gigabytes for the smallest one;
 * the caller says which micro-batch is the last of a step, so a step may have any number of them;
 * bfloat16 gradients are summed over micro-batches in float32.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -45,16 +47,29 @@ def process_group(rank: int, world_size: int) -> Iterator[torch.device]:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # Ranks share the cores; spinning threads of several ranks cost more than they give.
         torch.set_num_threads(1)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _quiet()
     ours = not dist.is_initialized()
     if ours:
         backend = "gloo" if device.type == "cpu" else "nccl"
         dist.init_process_group(backend, rank=rank, world_size=world_size)
+    import deepspeed
+
+    # DeepSpeed would compile a shared-memory reduction at start-up, a minute of work; only its inference uses it.
+    deepspeed.ops.__compatible_ops__ = {}
     try:
         yield device
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    # DeepSpeed calls collectives by names that torch has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def zero_settings(config: TrainConfig, num_parameters: int) -> dict[str, Any]:

@@ -32,6 +32,11 @@ class MicroBatch:
     inserted: torch.Tensor
     """[B, T] bool: token t is a target that no document holds, such as a planted answer."""
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        tensors = (self.input_ids, self.position_ids, self.targets, self.inserted)
+        return MicroBatch(*(tensor.to(device) for tensor in tensors))
+
 
 class WeightedLoss(nn.Module):
     """A causal language model whose forward pass ends in the loss, so that it runs inside the engine."""

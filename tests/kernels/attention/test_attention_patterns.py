@@ -62,13 +62,7 @@ def test_anchor_adds_document_zero_for_everyone(packed):
 
 
 def test_anchor_mask_of_two_documents_as_drawn_by_hand():
-    drawn = """
-        x....
-        xx...
-        xxx..
-        x..x.
-        x..xx
-    """.split()
+    drawn = ["x....", "xx...", "xxx..", "x..x.", "x..xx"]
     mask = anchor([[0, 1, 3]], 5).visible()[0, 0]
     assert ["".join("x" if seen else "." for seen in query) for query in mask.tolist()] == drawn
 
@@ -89,3 +83,8 @@ def test_an_anchor_of_two_tokens_is_refused():
 def test_causal_refuses_fewer_keys_than_queries_and_empty_batches(sizes):
     with pytest.raises(ValueError, match="causal needs"):
         causal(*sizes)
+
+
+def test_a_batch_without_rows_is_refused():
+    with pytest.raises(ValueError, match="one list of starts for each row, got none"):
+        document([], 8)

@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+
 from ropewalk.stages.episodes import ASK_MARKER, KEY_MARKER, EpisodeFormat, episode_writer
+from ropewalk.stages.evaluation.evaluate import Material
 from ropewalk.stages.evaluation.tasks import Haystack
 from ropewalk.stages.schema import Artifact, TokenizerInfo, tokens_schema, write_artifact, write_table
 
@@ -45,6 +47,11 @@ def writer(tokenizer, info):
 def haystack():
     rng = np.random.default_rng(5)
     return Haystack([rng.integers(4, 4 + NUM_WORDS, size=size) for size in (900, 700, 40, 650)], EOS)
+
+
+@pytest.fixture(scope="session")
+def material(haystack, writer, tokenizer, info):
+    return Material(haystack, [f"doc{index}" for index in range(len(haystack.documents))], writer, tokenizer, info)
 
 
 @pytest.fixture(scope="session")

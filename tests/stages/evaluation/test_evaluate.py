@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+
 from ropewalk.stages.context import LocalContext, Output
 from ropewalk.stages.evaluation import evaluate
 from ropewalk.stages.evaluation.evaluate import EvaluateConfig
@@ -92,7 +93,10 @@ def test_metrics_are_about_a_model_and_have_the_context_length_as_step(first):
     folder, _, events = first
     summary = json.loads((folder / "data" / "summary.json").read_text())
     logged = {
-        (e["about"], e["step"], name): value for e in events if e["type"] == "metrics" for name, value in e["metrics"].items()
+        (e["about"], e["step"], name): value
+        for e in events
+        if e["type"] == "metrics"
+        for name, value in e["metrics"].items()
     }
     for row in summary["scores"]:
         assert logged[row["model"], row["length_tokens"], f"{row['task']}/score"] == row["mean"]

@@ -1,0 +1,43 @@
+# The environment is .venv/ in this folder; every target makes what it needs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# One OpenMP thread a process: steps and training ranks already use the cores, and spinning threads slow each other.
+export OMP_NUM_THREADS := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: install install-dev quickstart test lint clean help
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+
+install: $(VENV)/.installed  ## Make .venv and install Ropewalk into it
+
+install-dev: $(VENV)/.installed-dev  ## The same, with the development tools
+
+quickstart: $(VENV)/.installed  ## Install, then run the whole chain on this machine
+	$(BIN)/ropewalk run quickstart
+
+test: $(VENV)/.installed-dev  ## Lint, types, import contracts and all tests
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev  ## ruff, pyright and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	tests/check_installed.sh $(BIN)
+
+clean:  ## Remove the environment (the store .ropewalk/ stays)
+	rm -rf $(VENV)
+
+# torch first, by its pinned version: a range would take the newest build with gigabytes of CUDA.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The package's own version ranges, with only torch constrained: a second environment, `pip install .`, every room
+# imported. GPU users install like this.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+python3 -m venv "$work/venv"
+pip="$work/venv/bin/python -m pip install --quiet --disable-pip-version-check"
+grep '^torch==' constraints.txt >"$work/torch.txt"
+$pip --requirement "$work/torch.txt"
+mkdir "$work/source"
+cp -r pyproject.toml README.md LICENSE pipelines stages kernels infra "$work/source/"
+$pip --constraint "$work/torch.txt" "$work/source"
+cd "$work"
+"$work/venv/bin/python" - <<'PY'
+import importlib, pkgutil
+import ropewalk
+
+names = [m.name for m in pkgutil.walk_packages(ropewalk.__path__, "ropewalk.")]
+for name in names:
+    importlib.import_module(name)
+print(f"open ranges: {len(names)} modules import")
+PY
+"$work/venv/bin/ropewalk" plan quickstart --json >"$work/plan.json"
+echo "open ranges: ropewalk plan quickstart works"
