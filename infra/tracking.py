@@ -11,7 +11,6 @@ Importing this module does not import MLflow. The engine starts the child with `
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import socket
@@ -24,6 +23,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ropewalk.infra.event_tail import EventTail
 from ropewalk.infra.mlflow_database import default_tracking_uri, locked, open_client, set_environment
 from ropewalk.infra.mlflow_lineage import Ids
 from ropewalk.infra.record import is_alive, process_start
@@ -88,7 +88,8 @@ def sync(
         tracking_uri: Which MLflow; by default MLFLOW_TRACKING_URI, else the sqlite database in the store.
 
     Raises:
-        TrackingError: the run is unknown, its record cannot be read, or MLflow cannot be reached.
+        TrackingError: the run is unknown, or MLflow cannot be reached.
+        UserError: the record cannot be read.
     """
     folder = store_root / "runs" / run_id
     if not follow and not (folder / "events.jsonl").is_file():
@@ -112,7 +113,6 @@ class Tracker:
         self._store_root = store_root
         self._ids_path = _ids_path(store_root, run_id)
         self._tail = EventTail(store_root / "runs" / run_id / "events.jsonl")
-        self._events: list[dict[str, Any]] = []
         self._pending: deque[dict[str, Any]] = deque()
         self._view: View | None = None
         self.ids = read_ids(self._ids_path)
@@ -139,8 +139,7 @@ class Tracker:
         backoff, deadline = FIRST_BACKOFF_SECONDS, None
         while True:
             gone = self._driver_gone()
-            self._read()
-            ended = gone or self._has_finished()
+            ended = gone or self._tail.has_ended()
             if ended and deadline is None:
                 backoff, deadline = FIRST_BACKOFF_SECONDS, time.monotonic() + PATIENCE_SECONDS
             try:
@@ -151,29 +150,30 @@ class Tracker:
                     return
                 time.sleep(POLL_SECONDS)
             except _outages() as error:
-                self._view = None
+                self._close()
                 if deadline is not None and time.monotonic() + backoff > deadline:
                     raise TrackingError(
-                        f"MLflow has {self.ids.seq} of {len(self._events)} events of run {self.run_id}: "
-                        f"{_brief(error)}; `ropewalk sync {self.run_id}` catches up"
+                        f"MLflow has only the first {self.ids.seq} events of run {self.run_id}: {_brief(error)};"
+                        f" `ropewalk sync {self.run_id}` catches up"
                     ) from error
                 say(f"MLflow: {_brief(error)}; trying again in {backoff:.0f} s")
-                self._wait(backoff, interruptible=deadline is None)
+                self._wait(backoff, wake_at_end=deadline is None)
                 backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
     def push(self) -> None:
-        """Write what is pending, saving after each piece how far MLflow has got."""
-        self._read()
-        if not self._events:
-            return
+        """Write all that is recorded, saving after each piece how far MLflow has got."""
         view = self._view or self._open()
-        while self._pending:
-            piece = self._next_piece()
-            self._apply(view, piece)
-            self.ids.seq = piece[-1]["seq"] + 1
-            self._save(self.ids)
-            for _ in piece:
-                self._pending.popleft()
+        while view and (events := self._tail.read()):
+            for event in events:
+                view.remember(event)
+            self._pending.extend(event for event in events if event["seq"] >= self.ids.seq)
+            while self._pending:
+                piece = self._next_piece()
+                self._apply(view, piece)
+                self.ids.seq = piece[-1]["seq"] + 1
+                self._save(self.ids)
+                for _ in piece:
+                    self._pending.popleft()
 
     def _apply(self, view: View, piece: list[dict[str, Any]]) -> None:
         from mlflow.exceptions import MlflowException
@@ -194,76 +194,46 @@ class Tracker:
         metrics = takewhile(lambda event: event["type"] == "metrics", self._pending)
         return list(islice(metrics, MAX_METRIC_EVENTS))
 
-    def _open(self) -> View:
-        """Connect, find this run in MLflow, and line up the events it lacks."""
+    def _open(self) -> View | None:
+        """Connect and find this run in MLflow; None while nothing is recorded."""
+        first = self._tail.first()
+        if first is None:
+            return None
         from ropewalk.infra.mlflow_view import View
 
         view = View(open_client(self.tracking_uri), self.ids, self._save, self._store_root, self.run_id)
-        for event in self._events:
-            view.remember(event)
+        view.remember(first)
         view.find()
-        self._pending = deque(event for event in self._events if event["seq"] >= self.ids.seq)
         self._view = view
         return view
 
-    def _read(self) -> None:
-        for event in self._tail.read():
-            if not self._events and event["type"] != "run_started":
-                raise TrackingError(f"{self._tail.path} does not begin with run_started")
-            self._events.append(event)
-            if self._view:
-                self._view.remember(event)
-                self._pending.append(event)
+    def _close(self) -> None:
+        """Forget the connection and begin again with the first event: what MLflow has is looked up anew."""
+        self._view = None
+        self._pending.clear()
+        self._tail.rewind()
 
     def _close_if_abandoned(self, gone: bool) -> None:
-        if gone and self._view and not self._view.finished:
-            self._view.abandon(self._events[-1]["time"], DRIVER_GONE)
+        last = self._tail.last()
+        if gone and last and self._view and not self._view.finished:
+            self._view.abandon(last["time"], DRIVER_GONE)
 
     def _driver_gone(self) -> bool:
         driver = self.ids.driver
         # Of a process on another machine nothing can be said.
         return driver.get("host") == socket.gethostname() and not is_alive(driver["pid"], driver["started"])
 
-    def _wait(self, seconds: float, *, interruptible: bool) -> None:
-        """Sleep; while the run goes on, wake up when it ends."""
+    def _wait(self, seconds: float, *, wake_at_end: bool) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, POLL_SECONDS))
-            self._read()
-            if interruptible and (self._driver_gone() or self._has_finished()):
+            if wake_at_end and (self._driver_gone() or self._tail.has_ended()):
                 return
-
-    def _has_finished(self) -> bool:
-        return bool(self._events) and self._events[-1]["type"] == "run_finished"
 
     def _save(self, ids: Ids) -> None:
         temporary = self._ids_path.with_name(self._ids_path.name + ".tmp")
         temporary.write_text(json.dumps(asdict(ids), indent=1) + "\n", encoding="utf-8")
         temporary.replace(self._ids_path)
-
-
-class EventTail:
-    """Reads a growing `events.jsonl`: each call returns the complete lines since the last."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """New events; none while the file does not exist. Raises TrackingError naming a line that is no JSON."""
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
-            file.seek(self._offset)
-            complete, newline, _ = file.read().rpartition(b"\n")
-            events = [self._parse(line) for line in complete.splitlines() if line.strip()]
-            self._offset += len(complete) + len(newline)
-            return events
-        return []
-
-    def _parse(self, line: bytes) -> dict[str, Any]:
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise TrackingError(f"{self.path} has a line that is no JSON ({error}): {line[:80]!r}") from None
 
 
 def read_ids(path: Path) -> Ids:
@@ -313,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
             parent_pid=asked.parent_pid,
             tracking_uri=asked.tracking_uri,
         )
-    except TrackingError as error:
+    except UserError as error:
         say(str(error))
         return 1
     return 0

@@ -53,7 +53,7 @@ def pipeline(*, corpus: Path | None = None, pattern: str = "**/*.py", checkpoint
     )
     corpus_tokens = {
         subset: Step(
-            subset,
+            f"{subset}-set",
             split,
             split.SplitConfig(subset=subset, heldout_fraction=0.05, min_heldout_tokens=LONG_WINDOW),
             inputs={"tokens": encoded},

@@ -165,7 +165,7 @@ def _train(record: RecordBuilder, step: str, steps: int, slots: dict, *, start: 
     record.begin(step, **slots)
     for at in range(1, steps + 1):
         loss = 2.0 + (start - 2.0) * math.exp(-at / 10)
-        record.metrics(step, {"train/loss": loss, "train/learning_rate": 1e-3 / at, "train/tokens": at * 4096}, at=at)
+        record.metrics(step, {"loss": loss, "learning_rate": 1e-3 / at, "tokens": at * 4096}, at=at)
     record.succeed(step, "checkpoint", {"config.json": '{"model_type": "llama"}'}, row_tokens=window)
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ropewalk.stages.context import LocalContext, Output, Worker
+from ropewalk.stages.context import LocalContext, LocalWorker, Output, Worker
 from ropewalk.stages.schema import Artifact, TokenizerInfo, rows_schema, seeded_rng, write_artifact, write_table
 from ropewalk.stages.training import train
 
@@ -178,3 +178,84 @@ class InterruptingContext(LocalContext):
 
     def gang(self, function: Callable[..., Any], config: Any, *, num_workers: int, resources: Any = None) -> list[Any]:
         return super().gang(partial(_interrupted, function, self.at_step, self.how), config, num_workers=num_workers)
+
+
+@dataclass
+class InProcessContext(LocalContext):
+    """Runs the one rank of its gangs here, in the process group that the caller has joined."""
+
+    at_step: int | None = None
+    how: str = "cancelled"
+
+    def gang(self, function: Callable[..., Any], config: Any, *, num_workers: int, resources: Any = None) -> list[Any]:
+        worker: Worker = LocalWorker(0, num_workers, self.report)
+        return [function(config, worker if self.at_step is None else Interrupted(worker, self.at_step, self.how))]
+
+
+def train_by_hand(checkpoint: Path, rows: Sequence[Mapping[str, Any]], settings: train.TrainConfig) -> Reference:
+    """Plain torch, one process, dense masks, one backward pass a step over all rows, constant learning rate.
+
+    Shares no code with the stage; each step sees all rows, so their order does not matter.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas)
+    losses, norms = [], []
+    for _ in range(settings.phases[0].num_steps):
+        sums = {"targets": [], "inserted": []}
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            logits = model(input_ids=ids, attention_mask=_dense_mask(row), use_cache=False).logits[0]
+            for position in range(1, ids.shape[1]):
+                if "loss_mask" in row and not row["loss_mask"][position]:
+                    continue
+                loss = cross_entropy(logits[position - 1], ids[0, position])
+                sums["targets"].append(loss)
+                if "loss_mask" in row and all(
+                    not s["row_start"] <= position < s["row_start"] + s["num_tokens"] for s in row["segments"]
+                ):
+                    sums["inserted"].append(loss)
+        mean = torch.stack(sums["targets"]).mean()
+        extra = torch.stack(sums["inserted"]).mean() if sums["inserted"] else 0.0
+        (mean + settings.inserted_loss_weight * extra).backward()
+        losses.append(mean.item())
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
+        norms.append(norm.item())
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, settings.max_grad_norm / norm.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return Reference(losses, norms, {name: value.detach() for name, value in model.named_parameters()})
+
+
+@dataclass
+class Reference:
+    """What `train_by_hand` found."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, Any]
+
+
+def _dense_mask(row: Mapping[str, Any]) -> Any:
+    """Additive [1, 1, T, T] mask; a position in no segment belongs to the document before it."""
+    import torch
+
+    tokens = len(row["input_ids"])
+    of = [0] * tokens
+    for number, segment in enumerate(row["segments"]):
+        for position in range(segment["row_start"] if number else 0, tokens):
+            of[position] = number
+    mask = torch.full((tokens, tokens), float("-inf"))
+    for query in range(tokens):
+        for key in range(query + 1):
+            if row["attention"] == "causal" or of[query] == of[key]:
+                mask[query, key] = 0.0
+    return mask[None, None]

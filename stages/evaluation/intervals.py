@@ -80,7 +80,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact McNemar p-value from the numbers of pairs that only one of the two got right."""
     num, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(num, k) for k in range(fewer + 1))
-    return min(1.0, tail / 2**num)
+    return min(1.0, 2 * tail / 2**num)
 
 
 def detectable_difference(num_pairs: int, discordant_fraction: float, confidence: float, power: float = 0.8) -> float:

@@ -11,11 +11,11 @@ Deliberate choices, each against a default that costs something:
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ def process_group(rank: int, world_size: int) -> Iterator[torch.device]:
 def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     # DeepSpeed calls collectives by names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -119,9 +118,11 @@ def build_engine(module: torch.nn.Module, config: TrainConfig) -> Any:
         parameter_groups(module, config.weight_decay), lr=config.learning_rate, betas=config.adam_betas
     )
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()]
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=zero_settings(config, sum(sizes)), dist_init_required=False
-    )
+    # Its reports of memory in use are no part of a command's answer.
+    with redirect_stdout(sys.stderr):
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=zero_settings(config, sum(sizes)), dist_init_required=False
+        )
     return engine
 
 

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import engine
 import toy_stages
+
 from ropewalk.infra import store, task
 from ropewalk.infra.record import RunRecord
 

@@ -5,11 +5,12 @@ import time
 
 import pytest
 from engine import run, statuses
+from toy_stages import Config, NumberConfig, diamond, executions, failing, number, parallel, total
+
 from ropewalk.infra.on_ray import RayExecutor
 from ropewalk.infra.record import read_events
 from ropewalk.infra.step import Pipeline, Resources, Step, UserError
 from ropewalk.infra.store import Store
-from toy_stages import Config, NumberConfig, diamond, executions, failing, number, parallel, total
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import engine
 import pytest
+import toy_stages
 from run_records import RecordBuilder, store_with_database, write_quickstart_run
 
 from ropewalk.infra import tracking
 from ropewalk.infra.mlflow_database import default_tracking_uri, open_client
+from ropewalk.infra.step import UserError
 from ropewalk.infra.tracking import TrackingError, mlflow_run_id, sync
 
 
@@ -170,10 +173,10 @@ def test_configs_are_flat_params_and_counts_are_metrics(shared: Path) -> None:
 
 def test_training_curves_keep_step_value_and_time(shared: Path) -> None:
     run = runs_of(shared, "run-1")["base"]
-    points = client_of(shared).get_metric_history(run.info.run_id, "train/loss")
+    points = client_of(shared).get_metric_history(run.info.run_id, "loss")
     events = [json.loads(line) for line in (shared / "runs/run-1/events.jsonl").read_text().splitlines()]
     written = [e for e in events if e["type"] == "metrics" and e["step"] == "base"]
-    expected = [(e["metric_step"], e["metrics"]["train/loss"], round(e["time"] * 1000)) for e in written]
+    expected = [(e["metric_step"], e["metrics"]["loss"], round(e["time"] * 1000)) for e in written]
     assert [(point.step, point.value, point.timestamp) for point in points] == expected
 
 
@@ -308,6 +311,20 @@ def test_a_large_config_is_cut_visibly_and_kept_whole_as_a_file(shared: Path) ->
     assert json.loads(Path(path).read_text()) == config
 
 
+def test_what_the_engine_records_is_shown(shared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TOY_COUNTER", str(tmp_path))
+    for cache in ("miss", "hit"):
+        result = engine.run(toy_stages.diamond(), shared)
+        sync(shared, result.run_id)
+        runs = runs_of(shared, result.run_id)
+        assert runs.pop(result.run_id).info.status == "FINISHED"
+        assert {name: run.data.tags["ropewalk.key"] for name, run in runs.items()} == {
+            step.name: step.key for step in result.steps
+        }
+        assert {run.data.tags["ropewalk.cache"] for run in runs.values()} == {cache}
+        assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
 # How runs end
 
 
@@ -440,8 +457,9 @@ def test_a_line_that_is_still_being_written_waits_for_its_end(store: Path) -> No
 def test_a_broken_line_is_named(store: Path) -> None:
     record = RecordBuilder(store, "run", "broken")
     record.start(train={})
-    record.path.open("a").write("{oops\n")
-    with pytest.raises(TrackingError, match=r"events\.jsonl has a line that is no JSON .*oops"):
+    with record.path.open("a") as file:
+        file.write("{oops\n")
+    with pytest.raises(UserError, match=r"events\.jsonl has a line that is no JSON .*oops"):
         sync(store, "run")
 
 
@@ -508,7 +526,7 @@ def test_after_the_run_mlflow_is_waited_for_only_so_long(store: Path, monkeypatc
     monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 1.5)
     small_record(store, "run")
     began = time.monotonic()
-    with pytest.raises(TrackingError, match=r"MLflow has 0 of .* `ropewalk sync run` catches up"):
+    with pytest.raises(TrackingError, match=r"MLflow has only the first 0 events .* `ropewalk sync run` catches up"):
         sync(store, "run", follow=True, tracking_uri="http://127.0.0.1:9")
     assert time.monotonic() - began < 10
 

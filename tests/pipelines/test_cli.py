@@ -1,0 +1,168 @@
+"""The `ropewalk` command, as a user types it, on a small pipeline file of the user's own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PIPELINE = '''
+"""A user's own pipeline file, with a stage of its own."""
+import json
+from pydantic import BaseModel, ConfigDict
+from ropewalk.infra.step import Pipeline, Step
+
+NAME, VERSION = "doubling", 1
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    value: int = 2
+    rate: float = 0.5
+
+
+def run(config, inputs, output, context):
+    if config.value == 13:
+        raise ValueError("value: 13 is not allowed")
+    base = json.loads((inputs["before"] / "v.json").read_text()) if "before" in inputs else 1
+    (output.data / "v.json").write_text(json.dumps(base * config.value))
+    context.log({"value": config.value})
+
+
+def pipeline(*, start: int = 2) -> Pipeline:
+    import sys
+    this = sys.modules[__name__]
+    first = Step("first", this, Config(value=start))
+    second = Step("second", this, Config(value=3), inputs={"before": first})
+    return Pipeline("doubling", (first, second))
+'''
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "doubling.py").write_text(PIPELINE)
+    return folder
+
+
+def ropewalk(home, *arguments, code=0):
+    environment = {**os.environ, "ROPEWALK_STORE": str(home / "store")}
+    command = [sys.executable, "-m", "ropewalk.pipelines.cli", *arguments]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def last_json(done):
+    return json.loads(done.stdout.rstrip("\n").splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def first_run(home):
+    return last_json(ropewalk(home, "run", "doubling.py", "--executor", "local", "--json"))
+
+
+def test_run_json_has_the_documented_shape(first_run):
+    assert list(first_run) == ["run_id", "pipeline", "status", "mlflow_run_id", "steps"]
+    assert first_run["pipeline"] == "doubling" and first_run["status"] == "succeeded"
+    assert isinstance(first_run["mlflow_run_id"], str)
+    for step in first_run["steps"]:
+        assert list(step) == ["name", "status", "key", "output", "seconds", "reason"]
+        assert step["status"] == "ran" and len(step["key"]) == 64 and set(step["output"]) == {"uri", "digest"}
+    assert json.loads((Path(first_run["steps"][1]["output"]["uri"]) / "v.json").read_text()) == 6
+
+
+def test_a_second_run_reuses_everything(home, first_run):
+    again = last_json(ropewalk(home, "run", "doubling.py", "--executor", "local", "--json"))
+    assert [s["status"] for s in again["steps"]] == ["reused", "reused"]
+    assert [s["output"] for s in again["steps"]] == [s["output"] for s in first_run["steps"]]
+
+
+def test_plan_says_what_would_run_and_why(home, first_run):
+    plan = last_json(ropewalk(home, "plan", "doubling.py", "--set", "second.value=4", "--json"))
+    assert [(s["name"], s["status"]) for s in plan["steps"]] == [("first", "reuse"), ("second", "run")]
+    assert plan["steps"][1]["reason"] == "config value 3 -> 4"
+    ropewalk(home, "plan", "doubling.py", "--exit-code", code=0)
+    ropewalk(home, "plan", "doubling.py", "--set", "first.value=5", "--exit-code", code=2)
+    changed = last_json(ropewalk(home, "plan", "doubling.py", "--param", "start=5", "--json"))
+    assert changed["steps"][1] == {
+        "name": "second",
+        "status": "may-run",
+        "key": None,
+        "reason": "depends on the output of first",
+    }
+
+
+def test_explain_names_the_changed_fields(home, first_run):
+    told = ropewalk(home, "explain", "doubling.py", "second", "--set", "second.rate=0.25").stdout
+    assert "changed: config rate 0.5 -> 0.25" in told
+    document = last_json(ropewalk(home, "explain", "doubling.py", "first", "--json"))
+    assert document["status"] == "reuse" and document["changes"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "doublin"), "no pipeline is called 'doublin'"),
+        (("run", "missing.py"), "pipeline file missing.py does not exist"),
+        (("run", "doubling.py", "--set", "secnd.value=1"), "no step is called 'secnd'; did you mean 'second'?"),
+        (("run", "doubling.py", "--set", "second.valeu=1"), "no field is called 'valeu'; did you mean 'value'?"),
+        (("run", "doubling.py", "--set", "second.value=abc"), "second.value: Input should be a valid integer"),
+        (("run", "doubling.py", "--set", "value=1"), "write it as step.field=value"),
+        (("run", "doubling.py", "--param", "strt=1"), "no parameter is called 'strt'; did you mean 'start'?"),
+        (("run", "doubling.py", "--param", "start=x"), "--param start"),
+        (("run", "doubling.py", "--only", "thrid"), "no step is called 'thrid'"),
+        (("run", "doubling.py", "--executor", "slurm"), "--executor slurm: known are ray and local"),
+        (("run", "doubling.py", "--store", "s3://bucket"), "--store s3://bucket"),
+        (("explain", "doubling.py", "third"), "no step is called 'third'"),
+        (("show", "20200101-000000-0000"), "no run is called '20200101-000000-0000'"),
+    ],
+)
+def test_bad_input_gets_one_sentence_that_names_it(home, first_run, arguments, message):
+    done = ropewalk(home, *arguments, code=1)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if arguments[0] != "run":
+        assert message in last_json(ropewalk(home, *arguments, "--json", code=1))["error"]
+
+
+def test_a_failing_stage_is_told_in_one_sentence_with_the_traceback_in_its_log(home, first_run):
+    done = ropewalk(home, "run", "doubling.py", "--executor", "local", "--set", "second.value=13", "--json", code=1)
+    result = last_json(done)
+    assert result["status"] == "failed"
+    assert result["steps"][1] | {"key": "", "seconds": 0} == {
+        "name": "second",
+        "status": "failed",
+        "key": "",
+        "output": None,
+        "seconds": 0,
+        "reason": "value: 13 is not allowed",
+    }
+    logs = list((home / "store/runs" / result["run_id"] / "logs/second").glob("*.log"))
+    assert "Traceback" in logs[0].read_text()
+
+
+def test_status_show_and_rerun_speak_of_runs(home, first_run):
+    runs = last_json(ropewalk(home, "status", "--json"))["runs"]
+    assert first_run["run_id"] in {run["run_id"] for run in runs}
+    shown = last_json(ropewalk(home, "show", first_run["run_id"], "second", "--json"))
+    assert shown["config"]["value"] == 3 and shown["metrics"] == {"value": 3} and Path(shown["log"]).exists()
+    again = last_json(ropewalk(home, "rerun", first_run["run_id"], "first", "--executor", "local", "--json"))
+    assert [s["status"] for s in again["steps"]] == ["ran", "reused"]
+    text = ropewalk(home, "status").stdout + ropewalk(home, "show", "last").stdout
+    assert "doubling" in text
+
+
+def test_plan_and_help_import_nothing_heavy(home):
+    code = (
+        "import sys\nfrom ropewalk.pipelines.commands import make_plan\n"
+        "make_plan({'pipeline': 'quickstart', 'set': [], 'param': []}, sys.argv[1])\n"
+        "heavy = {'torch', 'transformers', 'ray', 'mlflow', 'datasets', 'deepspeed', 'pyarrow', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(home / "elsewhere")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
