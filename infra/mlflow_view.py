@@ -85,7 +85,10 @@ class View:
             self._metrics(events)
             return
         for event in events:
-            getattr(self, "_" + event["type"])(event)
+            handler = getattr(self, f"_on_{event['type']}", None)
+            # A record written by a newer Ropewalk may hold events that are unknown here.
+            if handler is not None:
+                handler(event)
 
     def abandon(self, seconds: float, why: str) -> None:
         """Close what is still open as killed: no process is left that could finish it."""
@@ -137,13 +140,13 @@ class View:
         if step not in self.ids.children:
             tags = {"mlflow.parentRunId": self._parent, "ropewalk.kind": "step", "ropewalk.status": "running"}
             tags |= {"ropewalk.key": event["key"], "ropewalk.cache": cache}
-            self._create(step, self._tags(event) | tags, event["time"])
+            self._create(step, self._identity(event) | tags, event["time"])
         child = self.ids.children[step]
         self._log_config(child, self._steps[step]["config"])
         self._lineage.link_inputs(child, step)
         return child
 
-    def _tags(self, event: Event) -> dict[str, str]:
+    def _identity(self, event: Event) -> dict[str, str]:
         spec = self._steps[event["step"]]
         return {
             "mlflow.source.name": "ropewalk",
@@ -195,7 +198,7 @@ class View:
         step, about = event["step"], event["about"]
         name = f"{step}/{about}"
         if name not in self.ids.children:
-            tags = self._tags(event) | {"mlflow.parentRunId": self.ids.children[step], "ropewalk.about": about}
+            tags = self._identity(event) | {"mlflow.parentRunId": self.ids.children[step], "ropewalk.about": about}
             self._create(name, tags | {"ropewalk.kind": "judged"}, event["time"])
         return self.ids.children[name]
 
@@ -204,7 +207,7 @@ class View:
             if name.split("/")[0] == step:
                 self.client.set_terminated(child, status, end_time=milliseconds(seconds))
 
-    def _run_started(self, event: Event) -> None:
+    def _on_run_started(self, event: Event) -> None:
         git = event["git"]
         tags = {
             "ropewalk.store": event["store_uri"],
@@ -216,12 +219,12 @@ class View:
         self._tag(self._parent, tags)
         self.client.log_dict(self._parent, scrub(event), "run.json")
 
-    def _step_started(self, event: Event) -> None:
+    def _on_step_started(self, event: Event) -> None:
         child = self._child(event, "miss")
         self._tag(child, {"ropewalk.attempt": event["attempt"], "ropewalk.status": "running"})
         self.client.update_run(child, status="RUNNING")
 
-    def _step_reused(self, event: Event) -> None:
+    def _on_step_reused(self, event: Event) -> None:
         child = self._child(event, "hit")
         self._output(child, event)
         source = event["output"]["uri"]
@@ -229,7 +232,7 @@ class View:
         self._tag(child, tags)
         self._terminate(event["step"], "FINISHED", event["time"])
 
-    def _step_succeeded(self, event: Event) -> None:
+    def _on_step_succeeded(self, event: Event) -> None:
         child = self.ids.children[event["step"]]
         output = event["output"]
         counts = self._lineage.facts(output["uri"]).get("counts", {})
@@ -241,7 +244,7 @@ class View:
         self._tag(child, {"ropewalk.status": "succeeded", "ropewalk.reason": event["reason"]})
         self._terminate(event["step"], "FINISHED", event["time"])
 
-    def _step_failed(self, event: Event) -> None:
+    def _on_step_failed(self, event: Event) -> None:
         child = self.ids.children[event["step"]]
         self._numbers(child, {"seconds": event["seconds"]}, event["time"])
         self._tag(child, {"ropewalk.status": "failed", "ropewalk.error": event["error"]})
@@ -251,10 +254,10 @@ class View:
             self.client.log_text(child, scrub_text(text), f"logs/{log.stem}.txt")
         self._terminate(event["step"], "FAILED", event["time"])
 
-    def _step_skipped(self, event: Event) -> None:
+    def _on_step_skipped(self, event: Event) -> None:
         self._tag(self._parent, {f"ropewalk.skipped.{event['step']}": event["reason"]})
 
-    def _run_finished(self, event: Event) -> None:
+    def _on_run_finished(self, event: Event) -> None:
         self._close_running(event["time"], f"the run {event['status']} before the step did")
         self._numbers(self._parent, {"seconds": event["seconds"]}, event["time"])
         self._tag(self._parent, {"ropewalk.status": event["status"]})

@@ -103,16 +103,15 @@ class RayExecutor:
         else:
             context = ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
         self._check_feasible(ray.cluster_resources())
-        self._bus = ray.remote(EventBus).options(num_cpus=0, max_concurrency=1).remote()
+        self._bus: Any = _remote(EventBus, {"num_cpus": 0}).remote()
         url = getattr(context, "dashboard_url", None)
         return {"dashboard_url": f"http://{url}" if url else None, "pid": os.getpid()}
 
     def submit(self, task: Task) -> None:
         """Start a task as soon as the cluster has room. Ray never retries it behind the engine's back."""
-        import ray
-
-        remote = ray.remote(_run_in_worker).options(name=task.step, max_retries=0, **ray_resources(task.resources))
-        self._running[remote.remote(Shipped.pack(task.import_paths, task), self._bus)] = task
+        options = {"name": task.step, "max_retries": 0, **ray_resources(task.resources)}
+        reference = _remote(_run_in_worker, options).remote(Shipped.pack(task.import_paths, task), self._bus)
+        self._running[reference] = task
 
     def poll(self, report: Callable[[str, dict[str, Any]], None]) -> list[Outcome]:
         """Wait a moment; pass on events; return the outcomes of tasks that ended."""
@@ -145,11 +144,12 @@ class RayExecutor:
 
     def _outcome(self, reference: Any) -> Outcome:
         import ray
+        from ray.exceptions import RayError
 
         task = self._running.pop(reference)
         try:
             return ray.get(reference)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             first = str(error).strip().splitlines()[0]
             return Outcome(task.step, task.attempt, 0.0, error=f"its process died: {type(error).__name__}: {first}")
 
@@ -168,6 +168,13 @@ def ray_resources(resources: Resources) -> dict[str, Any]:
     if resources.memory_gib is not None:
         options["memory"] = int(resources.memory_gib * 2**30)
     return options
+
+
+def _remote(function: Any, options: Mapping[str, Any]) -> Any:
+    """A function or class as Ray's, with options."""
+    import ray
+
+    return ray.remote(**options)(function)
 
 
 def _run_in_worker(shipped: Shipped, bus: Any) -> Outcome:
@@ -228,9 +235,9 @@ class RayContext:
         width = max(1, int(ray.cluster_resources().get("CPU", 1) // max(options["num_cpus"], 0.01)))
         paths = self._task.import_paths
         if isinstance(function.func if isinstance(function, partial) else function, type):
-            call = _actor_calls(ray.remote(_MapWorker).options(**options), Shipped.pack(paths, function), width)
+            call = _actor_calls(_remote(_MapWorker, options), Shipped.pack(paths, function), width)
         else:
-            remote = ray.remote(_map_one).options(max_retries=0, **options)
+            remote = _remote(_map_one, {**options, "max_retries": 0})
             call = partial(remote.remote, ray.put(Shipped.pack(paths, function)))
         waiting: deque[Any] = deque()
         for item in items:

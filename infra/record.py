@@ -13,13 +13,14 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ropewalk.infra.step import UserError, unknown
 from ropewalk.infra.store import Store
@@ -40,7 +41,8 @@ class RunRecord:
         self.folder = store.root / "runs" / self.run_id
         self.folder.mkdir(parents=True)
         asked = {"pipeline": pipeline, "request": dict(request or {}), "started_at": time.time()}
-        self.write("run.json", {**asked, "pid": os.getpid(), "process_started": process_start(os.getpid())})
+        process = {"host": socket.gethostname(), "pid": os.getpid(), "process_started": process_start(os.getpid())}
+        self.write("run.json", {**asked, **process})
         self._events = (self.folder / "events.jsonl").open("a", encoding="utf-8")
         self._lock = threading.Lock()
         self._sequence = 0
@@ -108,8 +110,15 @@ def previous_step(store: Store, pipeline: str, step: str) -> dict[str, Any] | No
     return None
 
 
+def driver_state(run: Mapping[str, Any]) -> Literal["alive", "dead", "elsewhere"]:
+    """Whether the process that drives a run is still there."""
+    if run["host"] != socket.gethostname():
+        return "elsewhere"
+    return "alive" if is_alive(run["pid"], run["process_started"]) else "dead"
+
+
 def is_alive(pid: int, started: float | None) -> bool:
-    """Whether the process that wrote this pid is still there (a reused pid has another start time)."""
+    """Whether this machine still has the process with this pid and start time (None: any start time)."""
     now = process_start(pid)
     return now is not None and (started is None or now == started)
 

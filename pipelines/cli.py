@@ -62,6 +62,11 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
                 emit({"error": message})
             sys.stderr.write(f"ropewalk: {message}\n")
             raise typer.Exit(1) from None
+        except Exception as error:
+            if debug or isinstance(error, typer.Exit):
+                raise
+            sys.stderr.write(f"ropewalk: {type(error).__name__}: {error} (--debug shows where)\n")
+            raise typer.Exit(1) from None
         raise typer.Exit(code or 0)
 
     import inspect

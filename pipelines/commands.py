@@ -153,13 +153,14 @@ def show_run(store_uri: str, run_id: str, step: str | None, as_json: bool) -> in
         return 0
     state = document["run"]
     console.print(f"run {run_id} · {state['pipeline']} · {state['status']}", highlight=False)
-    table = Table("step", "status", "seconds", "digest", "output or reason", box=None, pad_edge=False)
+    table = Table("step", "status", "seconds", "output digest", "why", box=None, pad_edge=False)
     for entry in steps.values():
-        output = entry.get("output") or {}
-        where = Text(output.get("uri") or entry.get("reason", ""), overflow="fold")
-        digest = str(output.get("digest", ""))[:12]
-        table.add_row(entry["name"], entry["status"], f"{entry.get('seconds', 0):.1f}", digest, where)
+        digest = str((entry.get("output") or {}).get("digest", ""))[:12]
+        why = Text(entry.get("error") or entry.get("reason", ""))
+        style = STYLES.get(entry["status"], "")
+        table.add_row(entry["name"], Text(entry["status"], style), f"{entry.get('seconds', 0):.1f}", digest, why)
     console.print(table)
+    console.print(f"ropewalk show {run_id} STEP tells where a step's output and log are", highlight=False)
     return 0
 
 
@@ -269,12 +270,13 @@ def _run_state(store: Store, run_id: str) -> dict[str, Any]:
     description = record.read_run(store, run_id)
     steps = _steps_of(store, run_id)
     finished = next((e for e in record.read_events(store, run_id) if e["type"] == "run_finished"), None)
-    alive = record.is_alive(description["pid"], description["process_started"])
-    state = finished["status"] if finished else "running" if alive else "killed"
+    driver = record.driver_state(description)
+    unfinished = {"alive": "running", "dead": "killed", "elsewhere": f"unfinished on {description['host']}"}
+    state = finished["status"] if finished else unfinished[driver]
     counts: dict[str, int] = {}
     for entry in steps.values():
         counts[entry["status"]] = counts.get(entry["status"], 0) + 1
-    running = [entry["name"] for entry in steps.values() if entry["status"] == "running"] if alive else []
+    running = [e["name"] for e in steps.values() if e["status"] == "running" and driver != "dead"]
     return {
         "run_id": run_id,
         "pipeline": description["pipeline"],

@@ -35,6 +35,7 @@ CURRICULUM = (
 )
 BATCH_TOKENS = 8192
 EXTEND_STEPS = 100
+KNOTS = utk.UtkConfig(row_tokens=LONG_WINDOW, num_rows=2 * EXTEND_STEPS)
 
 # A stage that only waits for its ranks holds no core itself.
 WAITS_FOR_WORKERS = Resources(num_cpus=0)
@@ -43,7 +44,7 @@ WAITS_FOR_WORKERS = Resources(num_cpus=0)
 def pipeline(*, corpus: Path | None = None, pattern: str = "**/*.py", checkpoint: Path | None = None) -> Pipeline:
     """The quickstart. `corpus`: a folder of text files; `checkpoint`: a Hugging Face model folder to extend."""
     ingested = _ingest(corpus, pattern)
-    markers = (*episodes.MARKERS, *utk.marker_tokens(max_chunks=3))
+    markers = (*episodes.MARKERS, *utk.added_tokens(KNOTS))
     given = External(str(checkpoint)) if checkpoint else None
     encoded = Step(
         "encode",
@@ -110,8 +111,8 @@ def _ingest(corpus: Path | None, pattern: str) -> Step:
 
 def _base(tokens: Step, encoded: Step) -> list[Step]:
     """A small Llama trained from scratch on windows that grow; the last step is the model."""
-    lessons = [
-        Step(
+    lessons = {
+        f"rows-{window}": Step(
             f"lesson-{window}",
             plant,
             plant.PlantConfig(
@@ -125,7 +126,7 @@ def _base(tokens: Step, encoded: Step) -> list[Step]:
             inputs={"tokens": tokens, "tokenizer": encoded},
         )
         for window, steps, repeats in CURRICULUM
-    ]
+    }
     base = Step(
         "base",
         train,
@@ -140,23 +141,29 @@ def _base(tokens: Step, encoded: Step) -> list[Step]:
             zero_stage=1,
             world_size=2,
         ),
-        inputs={"tokenizer": encoded, **{f"rows-{lesson.config.row_tokens}": lesson for lesson in lessons}},
+        inputs={"tokenizer": encoded, **lessons},
         resources=WAITS_FOR_WORKERS,
     )
-    return [*lessons, base]
+    return [*lessons.values(), base]
 
 
 def _synthesis(ingested: Step, encoded: Step, tokens: Step) -> list[Step]:
     """Long rows four ways, and last their mix."""
     num_rows = EXTEND_STEPS * 2
-    long = {"row_tokens": LONG_WINDOW, "num_rows": num_rows}
-    spliced = Step("splice", splice, splice.SpliceConfig(**long), inputs={"tokens": tokens, "documents": ingested})
-    knotted = Step("knots", utk, utk.UtkConfig(**long), inputs={"tokens": tokens})
-    packed = Step("pack", pack, pack.PackConfig(**long), inputs={"tokens": tokens})
+    spliced = Step(
+        "splice",
+        splice,
+        splice.SpliceConfig(row_tokens=LONG_WINDOW, num_rows=num_rows),
+        inputs={"tokens": tokens, "documents": ingested},
+    )
+    knotted = Step("knots", utk, KNOTS, inputs={"tokens": tokens})
+    packed = Step("pack", pack, pack.PackConfig(row_tokens=LONG_WINDOW, num_rows=num_rows), inputs={"tokens": tokens})
     planted = Step(
         "plant",
         plant,
-        plant.PlantConfig(**long, episode_fraction=1.0, repeat_fraction=0.0, seed=LONG_WINDOW),
+        plant.PlantConfig(
+            row_tokens=LONG_WINDOW, num_rows=num_rows, episode_fraction=1.0, repeat_fraction=0.0, seed=LONG_WINDOW
+        ),
         inputs={"tokens": tokens, "tokenizer": encoded},
     )
     mixed = Step(

@@ -51,7 +51,9 @@ def counting_rows(num_rows: int, row_tokens: int, vocab_size: int = VOCAB, seed:
     return rows
 
 
-def random_rows(num_rows: int, row_tokens: int, *, attention: str = "causal", masked: bool = False) -> list[dict[str, Any]]:
+def random_rows(
+    num_rows: int, row_tokens: int, *, attention: str = "causal", masked: bool = False
+) -> list[dict[str, Any]]:
     """Rows of random words in two documents; `masked` adds a loss mask with inserted targets at the end."""
     rng = seeded_rng("random", row_tokens)
     rows = []
@@ -64,7 +66,9 @@ def random_rows(num_rows: int, row_tokens: int, *, attention: str = "causal", ma
             "attention": attention,
         }
         if masked:
-            row["loss_mask"] = [position % 3 == index % 3 or position >= row_tokens - 3 for position in range(row_tokens)]
+            row["loss_mask"] = [
+                position % 3 == index % 3 or position >= row_tokens - 3 for position in range(row_tokens)
+            ]
         rows.append(row)
     return rows
 
@@ -259,3 +263,17 @@ def _dense_mask(row: Mapping[str, Any]) -> Any:
             if row["attention"] == "causal" or of[query] == of[key]:
                 mask[query, key] = 0.0
     return mask[None, None]
+
+
+def train_all(jobs: Sequence[Any], worker: Worker) -> list[Any]:
+    """Several jobs, one after the other, in one gang: starting processes costs more than training tiny models."""
+    import torch.distributed as dist
+
+    from ropewalk.stages.training.loop import train_rank
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    dist.init_process_group("gloo", rank=worker.rank, world_size=worker.world_size)
+    try:
+        return [train_rank(job, worker) for job in jobs]
+    finally:
+        dist.destroy_process_group()

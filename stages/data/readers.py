@@ -1,8 +1,8 @@
 """Reads the files and data sets that documents come from, one document at a time.
 
 A source is a folder (or one file) of text files, JSON Lines or Parquet, or a Hugging Face data set. `open_source` cuts
-it into parts, one a file, in the order of their relative paths; calling a part reads it. In memory are the paths and one
-text file, one line or one Parquet batch.
+it into parts, one a file, in the order of their relative paths; calling a part reads it. Memory holds the paths and
+one text file, one line or one Parquet batch.
 
 Globs are matched against relative POSIX paths, part by part and case-sensitively: `**` stands for any number of
 folders, `*`, `?` and `[...]` for text inside one name.

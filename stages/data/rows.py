@@ -75,7 +75,7 @@ class Corpus:
 def load_corpus(folder: Path, work: Path) -> tuple[Corpus, TokenizerInfo]:
     """Read a Tokens artifact; its ids go to a scratch file in `work`, which is mapped.
 
-    Raises ValueError if it has no tokenizer or no tokens, a document id occurs twice, or an id is not in the vocabulary.
+    Raises ValueError if it has no tokenizer or no tokens, a document id occurs twice, or an id is out of range.
     """
     import numpy as np
 

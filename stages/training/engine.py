@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
     from ropewalk.stages.training.train import TrainConfig
 
 BUCKET_ELEMENTS = 500_000_000
@@ -159,7 +160,6 @@ def gradient_norm(engine: Any) -> float | None:
 def gathered_weights(engine: Any, rank: int) -> Mapping[str, Any] | None:
     """The whole model's state on the CPU of rank 0; None on the others. All ranks must call it."""
     import deepspeed
-    import torch
 
     model = engine.module.model
     if engine.zero_optimization_stage() < 3:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from ropewalk.stages.context import Worker
 from ropewalk.stages.schema import TokenizerInfo
 from ropewalk.stages.training import attention
@@ -38,7 +39,7 @@ from ropewalk.stages.training.train import TrainConfig
 HISTORY_FILE = "training.jsonl"
 
 
-class TrainingCancelled(RuntimeError):
+class TrainingCancelledError(RuntimeError):
     """The run was cancelled; the state was saved before this was raised."""
 
 
@@ -59,6 +60,8 @@ class Job:
     config: TrainConfig
     phases: tuple[PhaseRows, ...]
     tokenizer: TokenizerInfo
+    tokenizer_folder: Path
+    """Holds the tokenizer that made the rows."""
     checkpoint: Path | None
     work: Path
     output: Path
@@ -90,7 +93,7 @@ class Measured:
 def train_rank(job: Job, worker: Worker) -> Measured:
     """Train and, on rank 0, write the model and its loss history into `job.output`.
 
-    Raises RuntimeError for a loss or gradient that is not finite, and `TrainingCancelled`.
+    Raises RuntimeError for a loss or gradient that is not finite, and `TrainingCancelledError`.
     """
     with process_group(worker.rank, worker.world_size) as device:
         return _Rank(job, worker, device).train()
@@ -104,9 +107,7 @@ class _Rank:
         self.engine = build_engine(WeightedLoss(_model(job), job.config.loss_chunk_tokens), job.config)
         self.checkpoints = Checkpoints(job.work / "checkpoints", worker.rank, worker.world_size)
         self.tables = [RowTable(phase.folder) for phase in job.phases]
-        self.orders = [
-            RowOrder(job.config.seed, index, phase.num_rows) for index, phase in enumerate(job.phases)
-        ]
+        self.orders = [RowOrder(job.config.seed, index, phase.num_rows) for index, phase in enumerate(job.phases)]
         self.history: History = []
 
     def train(self) -> Measured:
@@ -188,7 +189,9 @@ class _Rank:
         num_targets, num_inserted, cancelled = counts.tolist()
         if cancelled:
             self.checkpoints.save(self.engine, step, self.history)
-            raise TrainingCancelled(f"cancelled after step {step}; its state is saved and the next attempt resumes there")
+            raise TrainingCancelledError(
+                f"cancelled after step {step}; its state is saved and the next attempt resumes there"
+            )
         return num_targets, num_inserted
 
     def _backward(self, batches: Sequence[Sequence[Row]], num_targets: int, num_inserted: int) -> torch.Tensor:
@@ -217,7 +220,10 @@ class _Rank:
         batch = MicroBatch(
             input_ids=torch.stack([torch.as_tensor(row.input_ids.astype("int64")) for row in rows]),
             position_ids=torch.stack(
-                [positions if row.position_ids is None else torch.as_tensor(row.position_ids.astype("int64")) for row in rows]
+                [
+                    positions if row.position_ids is None else torch.as_tensor(row.position_ids.astype("int64"))
+                    for row in rows
+                ]
             ),
             targets=torch.stack([torch.as_tensor(row.targets()) for row in rows]),
             inserted=torch.stack([torch.as_tensor(row.inserted_targets()) for row in rows]),

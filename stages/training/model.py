@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
+
 from ropewalk.stages.schema import Record, TokenizerInfo, stable_id
 from ropewalk.stages.training.rope import RopeConfig, extended_parameters, extended_window, original_window
 

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+
 from ropewalk.stages.schema import Record
 
 RESCALABLE = ("default", "linear", "yarn")

@@ -11,7 +11,7 @@ size of its tokens) and memory-mapped from there: memory does not grow with the 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -196,5 +196,3 @@ def micro_batches(rows: Sequence[int], row_tokens: int, micro_batch_tokens: int)
     size = max(1, micro_batch_tokens // row_tokens)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
-

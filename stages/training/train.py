@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
+
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.schema import Artifact, Record, TokenizerInfo, read_artifact, write_artifact
 from ropewalk.stages.training.model import ModelConfig
@@ -112,8 +113,24 @@ class TrainConfig(Record):
 
 def run(config: TrainConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
     """Train as configured; see the module's docstring. Resumes from `context.work` if there is something to resume."""
-    from ropewalk.stages.training.export import choose_tokenizer, copy_tokenizer
-    from ropewalk.stages.training.loop import Job, train_rank
+    from ropewalk.stages.training.export import copy_tokenizer
+    from ropewalk.stages.training.loop import train_rank
+
+    job = prepare(config, inputs, output, context)
+    measured = context.gang(train_rank, job, num_workers=config.world_size)[0]
+    copy_tokenizer(job.tokenizer_folder, output.data)
+    write_artifact(output.data, _artifact(job, measured))
+    _write_observed(output.observed, job, measured)
+    context.log({"num_parameters": measured.num_parameters, "num_tokens": job.num_steps * config.batch_tokens})
+
+
+def prepare(config: TrainConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> Job:
+    """Check that config and inputs fit together, and unpack the rows into `context.work`.
+
+    Raises ValueError naming the field or input that does not fit.
+    """
+    from ropewalk.stages.training.export import choose_tokenizer
+    from ropewalk.stages.training.loop import Job
 
     artifacts = _rows_artifacts(config, inputs)
     tokenizer = _tokenizer(artifacts)
@@ -123,19 +140,15 @@ def run(config: TrainConfig, inputs: Mapping[str, Path], output: Output, context
     for slot, artifact in artifacts.items():
         _check_batch(config, slot, artifact)
         _check_attention(config, slot, policies(inputs[slot]))
-    job = Job(
+    return Job(
         config=config,
         phases=_unpack(config, inputs, artifacts, context),
         tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
         checkpoint=checkpoint,
         work=context.work,
         output=output.data,
     )
-    measured = context.gang(train_rank, job, num_workers=config.world_size)[0]
-    copy_tokenizer(tokenizer_folder, output.data)
-    write_artifact(output.data, _artifact(job, measured))
-    _write_observed(output.observed, job, measured)
-    context.log({"num_parameters": measured.num_parameters, "num_tokens": job.num_steps * config.batch_tokens})
 
 
 def _input(inputs: Mapping[str, Path], slot: str, because: str) -> Path:

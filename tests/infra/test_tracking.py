@@ -80,10 +80,13 @@ def history(root: Path, run: Any, name: str) -> list[tuple[int, float]]:
 
 def content(root: Path, run_id: str) -> dict[str, Any]:
     """All that MLflow has of a run, without MLflow's own ids."""
-    model_names = {model.model_id: name for name, model in models_of(root).items()}
+    runs = runs_of(root, run_id)
+    models = models_of(root, next(iter(runs.values())).info.experiment_id)
+    model_names = {model.model_id: name for name, model in models.items()}
+    own = ("mlflow.parentRunId", "ropewalk.run_id", "ropewalk.pipeline")
     shown: dict[str, Any] = {}
-    for name, run in runs_of(root, run_id).items():
-        tags = {k: v for k, v in run.data.tags.items() if k not in ("mlflow.parentRunId", "ropewalk.run_id")}
+    for name, run in runs.items():
+        tags = {key: value for key, value in run.data.tags.items() if key not in own}
         shown[name.replace(run_id, "RUN")] = {
             "state": (run.info.status, run.info.start_time, run.info.end_time),
             "tags": {key: value for key, value in tags.items() if key != "mlflow.runName"},
@@ -94,13 +97,13 @@ def content(root: Path, run_id: str) -> dict[str, Any]:
             "models out": sorted((model_names[m.model_id], m.step) for m in run.outputs.model_outputs),
             "files": files_of(root, run),
         }
-    metrics = {name: sorted((m.key, m.step, m.value) for m in model.metrics) for name, model in models_of(root).items()}
+    metrics = {name: sorted((m.key, m.step, m.value) for m in model.metrics) for name, model in models.items()}
     return {"runs": shown, "models": metrics}
 
 
 def small_record(root: Path, run_id: str) -> RecordBuilder:
     """A training step and an evaluation of its checkpoint, finished."""
-    record = RecordBuilder(root, run_id, "small")
+    record = RecordBuilder(root, run_id, f"pipeline of {run_id}")
     record.start(train={"config": {"lr": 0.1}}, evaluate={"inputs": {"model": {"step": "train"}}})
     record.begin("train", rows="/rows")
     for at in range(3):
@@ -108,6 +111,7 @@ def small_record(root: Path, run_id: str) -> RecordBuilder:
     record.succeed("train", "checkpoint")
     record.begin("evaluate", model="train", heldout="/heldout")
     record.metrics("evaluate", {"score": 0.5}, at=1024, about="model")
+    record.add("something_of_a_later_version", step="evaluate")
     record.succeed("evaluate", "predictions")
     record.finish()
     return record
@@ -402,7 +406,7 @@ def test_being_killed_at_any_call_loses_and_doubles_nothing(
     monkeypatch.setattr(tracking, "open_client", lambda uri: counting)
     small_record(store, "undisturbed")
     sync(store, "undisturbed")
-    expected = content(store, "undisturbed")["runs"]
+    expected = content(store, "undisturbed")
     killed = []
     # Both sides of a call matter: before it nothing is there, after it the id is not yet written down.
     for number, at in enumerate(range(1, counting.calls, stride)):
@@ -415,7 +419,7 @@ def test_being_killed_at_any_call_loses_and_doubles_nothing(
             pytest.fail("the fault was not met")
         monkeypatch.setattr(tracking, "open_client", open_client)
         sync(store, run_id)
-        assert content(store, run_id)["runs"] == expected, at
+        assert content(store, run_id) == expected, at
         killed.append(at)
     assert len(killed) >= 7
 
@@ -497,7 +501,7 @@ def test_an_outage_during_the_run_is_ridden_out(store: Path, monkeypatch: pytest
 
     small_record(store, "run")
     sync(store, "run")
-    expected = content(store, "run")["runs"]
+    expected = content(store, "run")
     small_record(store, "flaky")
     clients: list[Faulty] = []
 
@@ -510,7 +514,7 @@ def test_an_outage_during_the_run_is_ridden_out(store: Path, monkeypatch: pytest
     monkeypatch.setattr(tracking, "FIRST_BACKOFF_SECONDS", 0.01)
     sync(store, "flaky", follow=True, parent_pid=os.getpid())
     assert len(clients) == 4
-    assert content(store, "flaky")["runs"] == expected
+    assert content(store, "flaky") == expected
 
 
 def test_mlflow_being_down_is_one_clear_sentence(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

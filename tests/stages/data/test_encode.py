@@ -103,11 +103,12 @@ def test_added_tokens_change_no_other_id(encoded, tmp_path):
     assert read_table(plain, "tokens").equals(read_table(encoded, "tokens"))
 
 
+def document(name, text):
+    return {"doc_id": name, "text": text, "source": "s", "num_bytes": len(text.encode()), "metadata": "{}"}
+
+
 def test_shards_of_tokens_follow_shards_of_documents(tmp_path):
-    rows = [
-        {"doc_id": name, "text": text, "source": "s", "num_bytes": len(text.encode()), "metadata": "{}"}
-        for name, text in TEXTS.items()
-    ]
+    rows = [document(name, text) for name, text in TEXTS.items()]
     outputs = []
     for shard_records in (2, 100):
         documents = tmp_path / f"documents{shard_records}"
@@ -260,6 +261,7 @@ def test_impossible_settings_are_refused(fields):
 @settings(max_examples=30, deadline=None)
 def test_every_nth_document_trains_the_tokenizer(tmp_path_factory, sizes, train_bytes):
     texts = {str(index): chr(97 + index % 26) * size for index, size in enumerate(sizes)}
-    documents = write_documents(tmp_path_factory.mktemp("sample") / "documents", texts)
+    documents = tmp_path_factory.mktemp("sample")
+    write_table(documents, "documents", documents_schema(), map(document, texts, texts.values()), shard_records=4)
     step = next(n for n in range(1, 1000) if sum(sizes) / n <= train_bytes)
     assert list(sample_texts(documents, train_bytes)) == list(texts.values())[::step]

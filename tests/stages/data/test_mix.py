@@ -26,11 +26,12 @@ ROW = 8
 
 
 def make_row(slot, number, *, attention="causal", loss_mask=False, position_ids=False, row_tokens=ROW):
-    """A row of two documents with one inserted token between them; ids tell slot and row apart."""
+    """A row of three pieces of two documents with one inserted token between them; ids tell slot and row apart."""
     ids = [BOS, *(100 + slot_number(slot) * 50 + number * 3 + place for place in range(row_tokens - 1))]
     segments = [
         {"doc_id": f"{slot}-source/d{number}", "start": 5, "num_tokens": 3, "row_start": 1},
-        {"doc_id": "shared/d0", "start": number, "num_tokens": row_tokens - 5, "row_start": 5},
+        {"doc_id": "shared/d0", "start": number, "num_tokens": 1, "row_start": 5},
+        {"doc_id": "shared/d0", "start": 0, "num_tokens": row_tokens - 6, "row_start": 6},
     ]
     row = {"row_id": f"r{number}", "input_ids": ids, "segments": segments, "attention": attention}
     if loss_mask:
@@ -88,7 +89,8 @@ def test_the_largest_remainders_are_served_first():
     votes = {"yellow": 47, "white": 16, "red": 15.8, "green": 12, "blue": 6, "pink": 3.2}
     assert largest_remainder(votes, 10) == {"yellow": 5, "white": 2, "red": 1, "green": 1, "blue": 1, "pink": 0}
     assert largest_remainder({"b": 0.5, "a": 0.5}, 3) == {"b": 1, "a": 2}, "ties go by name"
-    assert largest_remainder({"a": 0.29, "b": 0.71}, 100) == {"a": 29, "b": 71}
+    # As doubles, 0.35 lies further below its decimal than 0.15, and the tie would go to b.
+    assert largest_remainder({"a": 0.35, "b": 0.15, "c": 0.5}, 10) == {"a": 4, "b": 1, "c": 5}
 
 
 @pytest.mark.parametrize("shares", [{"a": -0.1, "b": 1.1}, {"a": 0.0}])
@@ -137,6 +139,13 @@ def test_rows_are_drawn_and_shuffled_over_the_whole_output(tmp_path):
     numbers = [int(name[3:]) for name in ids if name[0] == "a"]
     assert 30 <= sum(number >= 100 for number in numbers) <= 70, "the draw is not the first rows"
     assert 30 <= sum(b > a for a, b in pairwise(numbers)) <= 70, "nor in their order"
+
+
+def test_the_seed_draws_other_rows(tmp_path):
+    slots = write_slots(tmp_path, {"a": 50})
+    outs = [mixed(tmp_path / str(seed), slots, fractions={"a": 1.0}, num_rows=20, seed=seed) for seed in (0, 1)]
+    first, second = (set(read_table(out, "rows")["row_id"].to_pylist()) for out in outs)
+    assert first != second
 
 
 def test_shards_change_nothing(tmp_path, monkeypatch):

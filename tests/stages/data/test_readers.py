@@ -141,6 +141,7 @@ def test_a_dataset_is_downloaded_from_a_hub_at_its_commit(tmp_path):
         {"doc_id": "s/train:0", "text": "one", "metadata": '{"n": 1}'},
         {"doc_id": "s/train:1", "text": "two", "metadata": '{"n": 2}'},
     ]
+    assert (tmp_path / "huggingface").is_dir(), "the library's cache belongs in the work folder"
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,15 @@ def test_paired_difference_equals_the_published_example():
     assert (mirrored.low, mirrored.high) == pytest.approx((-estimate.high, -estimate.low))
 
 
+def test_paired_difference_corrects_a_positive_correlation_for_continuity():
+    # Cells 20, 4, 6, 10 by hand: phi = (20 * 10 - 4 * 6 - 40 / 2) / sqrt(24 * 16 * 26 * 14), not 176 over that.
+    phi = 156 / math.sqrt(24 * 16 * 26 * 14)
+    first, second = wilson(24, 40, 0.95), wilson(26, 40, 0.95)
+    down, up = second.mean - second.low, first.high - first.mean
+    low = 0.05 - math.sqrt(down**2 - 2 * phi * down * up + up**2)
+    assert paired_difference(20, 4, 6, 10, 0.95).low == pytest.approx(low)
+
+
 def test_paired_difference_has_a_width_where_one_model_gets_all_and_the_other_none():
     estimate = paired_difference(0, 0, 56, 0, 0.95)
     assert estimate.mean == estimate.high == 1.0

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from training_examples import TINY_MODEL, VOCAB
+
 from ropewalk.stages.schema import TokenizerInfo
 from ropewalk.stages.training import attention
 from ropewalk.stages.training.loss import MicroBatch, WeightedLoss
 from ropewalk.stages.training.model import ModelConfig, build_model
-from training_examples import TINY_MODEL, VOCAB
 
 INFO = TokenizerInfo(digest="0" * 64, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1)
 TOKENS = 24

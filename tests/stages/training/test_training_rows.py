@@ -86,7 +86,9 @@ def test_targets_leave_out_the_first_token_and_inserted_ones_lie_in_no_segment(t
         ("masked", [row], [1, 3, 5], [3, 5]),
         ("plain", [plain], [1, 2, 3, 4, 5], []),
     ]:
-        unpack(write_rows(tmp_path / name, rows, info), tmp_path / "work" / name, RowSpec(6, VOCAB), LocalContext(tmp_path))
+        unpack(
+            write_rows(tmp_path / name, rows, info), tmp_path / "work" / name, RowSpec(6, VOCAB), LocalContext(tmp_path)
+        )
         found = RowTable(tmp_path / "work" / name)[0]
         assert found.targets().nonzero()[0].tolist() == targets
         assert found.inserted_targets().nonzero()[0].tolist() == inserted
