@@ -28,6 +28,8 @@ from ropewalk.infra.scrub import scrub, scrub_text
 
 Event = Mapping[str, Any]
 MAX_LOG_CHARACTERS = 200_000
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Opens the experiment on its runs; without it MLflow's UI begins with pages about agents and traces."""
 
 
 class View:
@@ -113,7 +115,7 @@ class View:
         if found is None:
             location = artifact_location(self._store_root, self.ids.tracking_uri, name)
             try:
-                return self.client.create_experiment(name, artifact_location=location)
+                return self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections import deque
@@ -29,9 +30,10 @@ class Shipped:
     @staticmethod
     def pack(import_paths: tuple[str, ...], *objects: Any) -> Shipped:
         """Pack objects whose classes and functions may live in the folders `import_paths`."""
-        from ray import cloudpickle
+        # Ray's own: it also pickles functions and classes that no other process can import.
+        from ray.cloudpickle.cloudpickle import dumps
 
-        return Shipped(import_paths, cloudpickle.dumps(objects))
+        return Shipped(import_paths, dumps(objects))
 
     def unpack(self) -> Any:
         """The objects, in order."""
@@ -98,10 +100,10 @@ class RayExecutor:
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
         else:
-            context = ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
+            context = ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
         self._check_feasible(ray.cluster_resources())
         self._bus: Any = _remote(EventBus, {"num_cpus": 0}).remote()
         url = getattr(context, "dashboard_url", None)

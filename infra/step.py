@@ -133,15 +133,18 @@ class Pipeline:
 
         Values are JSON where they parse as JSON, else strings; the config's own types check them.
         """
-        steps = {step.name: step for step in self.steps}
+        changes: dict[str, list[tuple[str, Any]]] = {}
         for setting in settings:
             target, equals, text = setting.partition("=")
             name, dot, path = target.partition(".")
             if not (equals and dot and path):
                 raise UserError(f"--set {setting}: write it as step.field=value")
-            step = steps[self[name].name]
-            steps[name] = replace(step, config=_changed(step, path, _parsed(text)))
-        return replace(self, steps=tuple(steps[step.name] for step in self.steps))
+            changes.setdefault(self[name].name, []).append((path, _parsed(text)))
+        steps = [
+            replace(step, config=_changed(step, changes[step.name])) if step.name in changes else step
+            for step in self.steps
+        ]
+        return replace(self, steps=tuple(steps))
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> str:
@@ -158,17 +161,27 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _changed(step: Step, path: str, value: Any) -> BaseModel:
+def _changed(step: Step, changes: Sequence[tuple[str, Any]]) -> BaseModel:
+    """The step's config with all changes made, then checked: fields that depend on each other change together."""
     plain = step.config.model_dump()
+    for path, value in changes:
+        _set(plain, step, path, value)
+    try:
+        return type(step.config).model_validate(plain)
+    except ValidationError as error:
+        names = ", ".join(f"{step.name}.{path}" for path, _ in changes)
+        raise UserError(f"--set {names}: {first_problem(error, step.name)}") from None
+
+
+def _set(plain: dict[str, Any], step: Step, path: str, value: Any) -> None:
     node: Any = plain
     model: Any = step.config
     parts = path.split(".")
     for depth, part in enumerate(parts):
         here = ".".join([step.name, *parts[:depth]])
         if isinstance(model, BaseModel) and part not in type(model).model_fields:
-            raise UserError(
-                f"--set {step.name}.{path}: in {here} {unknown('field', part, list(type(model).model_fields))}"
-            )
+            message = unknown("field", part, list(type(model).model_fields))
+            raise UserError(f"--set {step.name}.{path}: in {here} {message}")
         if depth == len(parts) - 1:
             break
         node, model = _descend(node, model, part, f"--set {step.name}.{path}: {here}")
@@ -176,10 +189,6 @@ def _changed(step: Step, path: str, value: Any) -> BaseModel:
         node[_index(node, parts[-1], f"--set {step.name}.{path}")] = value
     else:
         node[parts[-1]] = value
-    try:
-        return type(step.config).model_validate(plain)
-    except ValidationError as error:
-        raise UserError(f"--set {step.name}.{path}: {first_problem(error, step.name)}") from None
 
 
 def _descend(node: Any, model: Any, part: str, place: str) -> tuple[Any, Any]:

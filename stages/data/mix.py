@@ -109,42 +109,31 @@ class MixStatistics:
     """Sums over the rows that were written."""
 
     rows_by_policy: Counter[str] = field(default_factory=Counter)
-    rows_by_source: Counter[str] = field(default_factory=Counter)
     tokens_by_source: Counter[str] = field(default_factory=Counter)
     documents: set[str] = field(default_factory=set)
 
     def add(self, rows: pa.Table) -> None:
         """Count rows and their segments; a document's source is what its id has before the first slash."""
-        segments = rows.column("segments")
         self.rows_by_policy.update(rows.column("attention").to_pylist())
-        for batch in segments.chunks:
-            lengths = batch.value_lengths().to_pylist()
+        for batch in rows.column("segments").chunks:
             pieces = batch.flatten()
             names = pieces.field("doc_id").to_pylist()
             self.documents.update(names)
-            sources = [name.split("/", 1)[0] if "/" in name else "unknown" for name in names]
-            for source, num_tokens in zip(sources, pieces.field("num_tokens").to_pylist(), strict=True):
-                self.tokens_by_source[source] += num_tokens
-            begin = 0
-            for length in lengths:
-                self.rows_by_source.update(set(sources[begin : begin + length]))
-                begin += length
+            for name, num_tokens in zip(names, pieces.field("num_tokens").to_pylist(), strict=True):
+                self.tokens_by_source[name.split("/", 1)[0] if "/" in name else "unknown"] += num_tokens
 
     def report(self, rows_by_slot: Mapping[str, int], row_tokens: int) -> dict[str, Any]:
-        """For `statistics.json`. A row counts for every source that it has a segment of."""
+        """For `statistics.json`: each breakdown sums to the tokens of all rows."""
         num_tokens = row_tokens * sum(rows_by_slot.values())
-        policies = sorted(self.rows_by_policy.items())
+        num_inserted = num_tokens - self.tokens_by_source.total()
         return {
-            "inserted_fraction": 1 - self.tokens_by_source.total() / num_tokens,
+            "inserted_fraction": num_inserted / num_tokens,
             "num_documents": len(self.documents),
-            "slots": {
-                slot: {"num_rows": rows, "num_tokens": rows * row_tokens} for slot, rows in sorted(rows_by_slot.items())
+            "tokens_by_slot": {slot: rows * row_tokens for slot, rows in sorted(rows_by_slot.items())},
+            "tokens_by_source": {**dict(sorted(self.tokens_by_source.items())), "(inserted)": num_inserted},
+            "tokens_by_attention_policy": {
+                name: rows * row_tokens for name, rows in sorted(self.rows_by_policy.items())
             },
-            "sources": {
-                source: {"num_rows": self.rows_by_source[source], "num_tokens": self.tokens_by_source[source]}
-                for source in sorted(self.tokens_by_source)
-            },
-            "attention": {name: {"num_rows": rows, "num_tokens": rows * row_tokens} for name, rows in policies},
         }
 
 

@@ -70,6 +70,8 @@ class Checkpoints:
                     print(f"ropewalk: checkpoint {folder.name} is damaged; using the one before", file=sys.stderr)  # noqa: T201
                 continue
             engine.load_checkpoint(str(self.folder), tag=folder.name, load_lr_scheduler_states=False)
+            if self.rank == 0:
+                print(f"ropewalk: resuming after step {manifest['step']}", file=sys.stderr)  # noqa: T201
             return manifest["step"], read_history(folder / HISTORY)
         if saved and self.rank == 0:
             print("ropewalk: no checkpoint is sound; training starts again", file=sys.stderr)  # noqa: T201

@@ -43,7 +43,7 @@ def process_group(rank: int, world_size: int) -> Iterator[torch.device]:
         # Sums in a fixed order, so that a resumed run gives the bits of an undisturbed one.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # Ranks share the cores; spinning threads of several ranks cost more than they give.
@@ -56,7 +56,7 @@ def process_group(rank: int, world_size: int) -> Iterator[torch.device]:
     import deepspeed
 
     # DeepSpeed would compile a shared-memory reduction at start-up, a minute of work; only its inference uses it.
-    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield device
     finally:
@@ -102,7 +102,7 @@ def partitioned_loading(config: TrainConfig) -> Iterator[None]:
     if config.zero_stage < 3:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     # transformers holds it weakly: it must live as long as the loading does.
     active = HfDeepSpeedConfig(zero_settings(config, BUCKET_ELEMENTS))

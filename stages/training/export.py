@@ -47,7 +47,7 @@ def _write_legacy_rope(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     parameters = config.get("rope_parameters")
     if parameters and "rope_theta" in parameters:
-        config["rope_theta"] = 1234.0
+        config["rope_theta"] = parameters["rope_theta"]
         scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
         config["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

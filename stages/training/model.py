@@ -109,13 +109,18 @@ def load_model(
 def extended_config(folder: Path, rope: RopeConfig, *, window: int, trust_remote_code: bool) -> PretrainedConfig:
     """The checkpoint's config with the position method and window set.
 
-    Raises ValueError if the checkpoint's positions are not one flat `rope_parameters`, or cannot be rescaled.
+    Raises ValueError if the checkpoint's positions are not one flat `rope_parameters`, or cannot be rescaled, or are
+    learned ones that end before the window.
     """
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     current = flat_rope_parameters(config)
     if rope.method == "none":
+        if not getattr(config, "rope_parameters", None) and window > config.max_position_embeddings:
+            raise ValueError(
+                f"{folder} has learned positions for {config.max_position_embeddings} tokens; the rows have {window}"
+            )
         config.max_position_embeddings = max(window, config.max_position_embeddings)
         return config
     if current is None:

@@ -19,6 +19,7 @@ LONG = 1024
 SETTINGS = {
     **{f"lesson-{window}.num_rows": 2 * 1024 // window for window in WINDOWS},
     "base.batch_tokens": 1024,
+    "base.warmup_steps": 2,
     "base.phases": [{"rows": f"rows-{window}", "num_steps": 2} for window in WINDOWS],
     **{f"{subset}-set.min_heldout_tokens": LONG for subset in ("train", "heldout")},
     **{f"{subset}-set.heldout_fraction": 0.3 for subset in ("train", "heldout")},
@@ -175,7 +176,7 @@ def test_killed_in_the_middle_of_training_it_resumes_and_ends_with_equal_digests
     expected = {**dict.fromkeys(DATA_STEPS, "reused"), "extend": "ran", "evaluate": "reused", "report": "reused"}
     assert statuses(again) == expected
     logs = store / "runs" / again["run_id"] / "logs" / "extend"
-    assert any("resum" in path.read_text().lower() for path in logs.glob("*.rank0.log"))
+    assert any("resuming after step" in path.read_text() for path in logs.glob("*.rank0.log"))
     lines = (store / "runs" / again["run_id"] / "events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     steps = [e["metric_step"] for e in events if e["type"] == "metrics" and "loss" in e["metrics"]]

@@ -220,13 +220,9 @@ def test_statistics_describe_the_mixture(tmp_path):
     assert report == {
         "inserted_fraction": 0.25,
         "num_documents": 11,
-        "slots": {"a": {"num_rows": 6, "num_tokens": 48}, "b": {"num_rows": 4, "num_tokens": 32}},
-        "sources": {
-            "a-source": {"num_rows": 6, "num_tokens": 18},
-            "b-source": {"num_rows": 4, "num_tokens": 12},
-            "shared": {"num_rows": 10, "num_tokens": 30},
-        },
-        "attention": {"causal": {"num_rows": 4, "num_tokens": 32}, "document": {"num_rows": 6, "num_tokens": 48}},
+        "tokens_by_slot": {"a": 48, "b": 32},
+        "tokens_by_source": {"a-source": 18, "b-source": 12, "shared": 30, "(inserted)": 20},
+        "tokens_by_attention_policy": {"causal": 32, "document": 48},
     }
 
 

@@ -184,11 +184,8 @@ def test_a_cancelled_run_resumes_bit_for_bit(given, tmp_path, zero_stage):
     inputs = inputs_of(given, "rows", "long", "checkpoint")
     undisturbed = run(tmp_path / "undisturbed", settings, inputs, InProcessContext)
 
-    def cancelled(**fields):
-        return InProcessContext(at_step=3, **fields)
-
     with pytest.raises(TrainingCancelledError, match="after step 3"):
-        run(tmp_path / "cancelled", settings, inputs, cancelled)
+        run(tmp_path / "cancelled", settings, inputs, lambda **fields: InProcessContext(at_step=3, **fields))
     resumed = run(tmp_path / "cancelled", settings, inputs, InProcessContext)
     assert resumed.weights_sha256 == undisturbed.weights_sha256
     assert (resumed.data / "training.jsonl").read_bytes() == (undisturbed.data / "training.jsonl").read_bytes()
@@ -203,11 +200,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(given, tmp_path,
     inputs = inputs_of(given, "long", "checkpoint")
     undisturbed = run(tmp_path / "undisturbed", settings, inputs, InProcessContext)
 
-    def cancelled(**fields):
-        return InProcessContext(at_step=6, **fields)
-
     with pytest.raises(TrainingCancelledError):
-        run(tmp_path / "run", settings, inputs, cancelled)
+        run(tmp_path / "run", settings, inputs, lambda **fields: InProcessContext(at_step=6, **fields))
     saved = sorted((tmp_path / "run" / "work" / "checkpoints").glob("step-*"))
     assert [path.name for path in saved] == ["step-000004", "step-000006"]
     victim = next(saved[-1].glob("*optim_states.pt"))
@@ -251,6 +245,38 @@ def test_bfloat16_trains_with_float32_positions(given, tmp_path, zero_stage):
     # The export compares the trained module's frequencies with the formula at 1e-5: bfloat16 ones would fail it.
     for low, high in zip(found.history, exact.history, strict=True):
         assert low["loss"] == pytest.approx(high["loss"], abs=0.03)
+
+
+def learned_positions(given, folder, num_positions):
+    """A GPT-2 checkpoint: no rotary embedding, and dropout outside of attention."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=num_positions, attn_pdrop=0.0, resid_pdrop=0.3
+    )
+    GPT2LMHeadModel(settings).save_pretrained(folder)
+    shutil.copytree(given["tokenizer"] / "tokenizer", folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_dropout_resumes_bit_for_bit(given, tmp_path):
+    from ropewalk.stages.training.loop import TrainingCancelledError
+
+    inputs = inputs_of(given, "long") | {"checkpoint": learned_positions(given, tmp_path / "gpt2", LONG)}
+    settings = extension(rope={"method": "none"})
+    undisturbed = run(tmp_path / "undisturbed", settings, inputs, InProcessContext)
+    with pytest.raises(TrainingCancelledError):
+        run(tmp_path / "cancelled", settings, inputs, lambda **fields: InProcessContext(at_step=2, **fields))
+    resumed = run(tmp_path / "cancelled", settings, inputs, InProcessContext)
+    assert resumed.weights_sha256 == undisturbed.weights_sha256
+
+
+def test_learned_positions_cannot_be_outrun(given, tmp_path):
+    inputs = inputs_of(given, "long") | {"checkpoint": learned_positions(given, tmp_path / "gpt2", SHORT)}
+    with pytest.raises(ValueError, match="learned positions for 32 tokens; the rows have 64"):
+        run(tmp_path / "none", extension(rope={"method": "none"}), inputs, InProcessContext)
+    with pytest.raises(ValueError, match=r"rope.method 'yarn' needs one rotary embedding"):
+        run(tmp_path / "yarn", extension(), inputs, InProcessContext)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
