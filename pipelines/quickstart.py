@@ -17,6 +17,7 @@ from pathlib import Path
 from ropewalk.infra.step import External, Pipeline, Resources, Step
 from ropewalk.stages import episodes
 from ropewalk.stages.data import encode, ingest, mix, pack, plant, splice, split, utk
+from ropewalk.stages.episodes import EpisodeFormat
 from ropewalk.stages.evaluation import evaluate, report
 from ropewalk.stages.training import train
 from ropewalk.stages.training.model import ModelConfig
@@ -37,6 +38,11 @@ BATCH_TOKENS = 8192
 EXTEND_STEPS = 100
 KNOTS = utk.UtkConfig(row_tokens=LONG_WINDOW, num_rows=2 * EXTEND_STEPS)
 
+IN_WORDS = EpisodeFormat(
+    fact="\nThe pass key for{key} is{value}.\n", question="\nThe pass key for{key} is", draw_from="words"
+)
+"""Episodes for a model that was not trained on markers."""
+
 # A stage that only waits for its ranks holds no core itself.
 WAITS_FOR_WORKERS = Resources(num_cpus=0)
 
@@ -45,7 +51,8 @@ def pipeline(*, corpus: Path | None = None, pattern: str = "**/*.py", checkpoint
     """The quickstart. `corpus`: a folder of text files; `checkpoint`: a Hugging Face model folder to extend."""
     ingested = _ingest(corpus, pattern)
     markers = (*episodes.MARKERS, *utk.added_tokens(KNOTS))
-    given = External(str(checkpoint)) if checkpoint else None
+    given = External(str(checkpoint.expanduser())) if checkpoint else None
+    style = IN_WORDS if given else EpisodeFormat()
     encoded = Step(
         "encode",
         encode,
@@ -63,7 +70,7 @@ def pipeline(*, corpus: Path | None = None, pattern: str = "**/*.py", checkpoint
     }
     base_steps = [] if given else _base(corpus_tokens["train"], encoded)
     base = given or base_steps[-1]
-    synthesis = _synthesis(ingested, encoded, corpus_tokens["train"])
+    synthesis = _synthesis(ingested, encoded, corpus_tokens["train"], style)
     extended = Step(
         "extend",
         train,
@@ -79,13 +86,13 @@ def pipeline(*, corpus: Path | None = None, pattern: str = "**/*.py", checkpoint
             world_size=2,
             checkpoint_every_steps=25,
         ),
-        inputs={"checkpoint": base, "rows": synthesis[-1]},
+        inputs={"checkpoint": base, "tokenizer": encoded, "rows": synthesis[-1]},
         resources=WAITS_FOR_WORKERS,
     )
     evaluated = Step(
         "evaluate",
         evaluate,
-        evaluate.EvaluateConfig(),
+        evaluate.EvaluateConfig(episode=style),
         inputs={"heldout": corpus_tokens["heldout"], "base": base, "extended": extended},
         resources=WAITS_FOR_WORKERS,
     )
@@ -147,7 +154,7 @@ def _base(tokens: Step, encoded: Step) -> list[Step]:
     return [*lessons.values(), base]
 
 
-def _synthesis(ingested: Step, encoded: Step, tokens: Step) -> list[Step]:
+def _synthesis(ingested: Step, encoded: Step, tokens: Step, style: EpisodeFormat) -> list[Step]:
     """Long rows four ways, and last their mix."""
     num_rows = EXTEND_STEPS * 2
     spliced = Step(
@@ -162,7 +169,12 @@ def _synthesis(ingested: Step, encoded: Step, tokens: Step) -> list[Step]:
         "plant",
         plant,
         plant.PlantConfig(
-            row_tokens=LONG_WINDOW, num_rows=num_rows, episode_fraction=1.0, repeat_fraction=0.0, seed=LONG_WINDOW
+            row_tokens=LONG_WINDOW,
+            num_rows=num_rows,
+            episode_fraction=1.0,
+            repeat_fraction=0.0,
+            episode=style,
+            seed=LONG_WINDOW,
         ),
         inputs={"tokens": tokens, "tokenizer": encoded},
     )

@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.episodes import EpisodeFormat, EpisodeWriter, episode_writer
 from ropewalk.stages.evaluation.backends import Backend, HuggingFaceBackend, Precision
-from ropewalk.stages.evaluation.checkpoints import describe_models
+from ropewalk.stages.evaluation.checkpoints import describe_models, tokenizer_of
 from ropewalk.stages.evaluation.scoring import (
     loss_documents,
     loss_records,
@@ -145,7 +145,8 @@ def load_material(config: EvaluateConfig, inputs: Mapping[str, Path], info: Toke
 
     table = read_table(inputs["heldout"], "tokens", ["doc_id", "input_ids"])
     documents = [ids.values.to_numpy() for chunk in table["input_ids"].chunks for ids in chunk]
-    tokenizer = AutoTokenizer.from_pretrained(inputs[config.models[0]], local_files_only=True)
+    folder = tokenizer_of(config.models, inputs, info)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     writer = episode_writer(config.episode, tokenizer, info)
     return Material(Haystack(documents, info.eos_token_id), table["doc_id"].to_pylist(), writer, tokenizer, info)
 
@@ -207,7 +208,7 @@ def measure_losses(indices: Sequence[int], config: EvaluateConfig, backend: Back
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
     """Evaluate the models (see the module)."""
-    info, models = describe_models(config.models, config.lengths_tokens, inputs)
+    info, models = describe_models(config.models, config.lengths_tokens, inputs, config.episode)
     material = load_material(config, inputs, info)
     for task in config.tasks:
         check_pools(task, material.writer)

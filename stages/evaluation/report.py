@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import Field
 
+from ropewalk.stages.checkpoint import read_checkpoint
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.evaluation import plots
 from ropewalk.stages.evaluation.composition import Composition, read_composition
@@ -162,7 +163,10 @@ def draw_composition(composition: Composition | None) -> list[Picture]:
 
 
 def _artifacts(inputs: Mapping[str, Path]) -> dict[str, Artifact]:
-    return {slot: read_artifact(folder) for slot, folder in sorted(inputs.items())}
+    return {
+        slot: read_checkpoint(folder) if (folder / "config.json").exists() else read_artifact(folder)
+        for slot, folder in sorted(inputs.items())
+    }
 
 
 def render_page(view: Mapping[str, Any]) -> str:

@@ -7,13 +7,13 @@ embedding made from it must have the frequencies that were trained and those of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ropewalk.stages.checkpoint import extends_vocabulary, tokenizer_digest
 from ropewalk.stages.schema import TokenizerInfo
 from ropewalk.stages.training.model import flat_rope_parameters, head_dim, rotary_embedding
 from ropewalk.stages.training.rope import frequencies
@@ -83,14 +83,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """sha256 hex of `tokenizer.json`. Raises ValueError if there is none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no tokenizer.json: only fast tokenizers are supported")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def choose_tokenizer(rows: TokenizerInfo, checkpoint: Path | None, tokenizer: Path | None) -> Path:
     """The folder whose tokenizer belongs to the trained model: the one that made the rows.
 
@@ -106,13 +98,6 @@ def choose_tokenizer(rows: TokenizerInfo, checkpoint: Path | None, tokenizer: Pa
             f"the rows were made with another tokenizer than that of {where}: give the artifact that holds theirs "
             "as input 'tokenizer'"
         )
-    if checkpoint is not None and not _extends(given, checkpoint):
+    if checkpoint is not None and not extends_vocabulary(given, checkpoint):
         raise ValueError("the rows' tokenizer gives ids of the checkpoint's tokenizer another meaning: encode again")
     return given
-
-
-def _extends(new: Path, old: Path) -> bool:
-    from tokenizers import Tokenizer
-
-    vocabularies = [Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab() for path in (new, old)]
-    return vocabularies[0].items() >= vocabularies[1].items()
