@@ -92,6 +92,11 @@ def make_checkpoint(folder, tokenizer, info, *, seed, row_tokens, window=None):
 
 
 @pytest.fixture(scope="session")
+def checkpoint_maker(tokenizer):
+    return lambda folder, info, **settings: make_checkpoint(folder, tokenizer, info, **settings)
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, tokenizer, info):
     root = tmp_path_factory.mktemp("checkpoints")
     return {

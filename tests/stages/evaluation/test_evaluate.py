@@ -1,11 +1,15 @@
 """The evaluate stage, end to end on tiny random models."""
 
+import hashlib
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 
 from ropewalk.stages.context import LocalContext, Output
+from ropewalk.stages.episodes import EpisodeFormat
 from ropewalk.stages.evaluation import evaluate
 from ropewalk.stages.evaluation.evaluate import EvaluateConfig
 from ropewalk.stages.evaluation.tasks import Task
@@ -22,6 +26,10 @@ CONFIG = EvaluateConfig(
     batch_rows=3,
     bootstrap_samples=100,
 )
+
+
+def copied(folder, target):
+    return Path(shutil.copytree(folder, target))
 
 
 def evaluate_into(folder, config, inputs, context_class=LocalContext, report=lambda event: None):
@@ -127,22 +135,45 @@ def test_losses_by_position_sum_to_the_loss_of_the_whole_document(first, inputs,
         assert sum(row["sum_nll"] for row in mine) / 159 == pytest.approx(mean, rel=1e-4)
 
 
-def test_models_with_different_tokenizers_are_refused(tmp_path, inputs, checkpoints, info):
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in checkpoints["extended"].iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
-    changed = Artifact(kind="checkpoint", tokenizer=info.model_copy(update={"digest": "f" * 64}), row_tokens=512)
-    write_artifact(other, changed)
+def test_models_with_different_tokenizers_are_refused(tmp_path, inputs, checkpoints):
+    other = copied(checkpoints["extended"], tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("w007", "TEMP").replace("w008", "w007").replace("TEMP", "w008"))
     with pytest.raises(ValueError, match="extended and heldout have different tokenizers"):
         evaluate_into(tmp_path, CONFIG, {**inputs, "extended": other})
+    with pytest.raises(ValueError, match="none of the models has the tokenizer of heldout"):
+        evaluate_into(tmp_path, CONFIG, {**inputs, "base": other, "extended": other})
+
+
+def test_a_users_checkpoint_without_our_markers_is_asked_in_words(tmp_path, inputs, checkpoint_maker, info):
+    """No artifact.json, and a tokenizer and embeddings that end before the markers that synthesis added."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_file(str(inputs["extended"] / "tokenizer.json"))
+    added = {"<|new|>": info.vocab_size}
+    plain.add_special_tokens(list(added))
+    plain.save(str(tmp_path / "tokenizer.json"))
+    digest = hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    grown = info.model_copy(
+        update={"digest": digest, "vocab_size": info.vocab_size + 1, "added_tokens": {**info.added_tokens, **added}}
+    )
+    checkpoint_maker(tmp_path / "grown", grown, seed=3, row_tokens=512)
+    shutil.copy(tmp_path / "tokenizer.json", tmp_path / "grown" / "tokenizer.json")
+    heldout = copied(inputs["heldout"], tmp_path / "heldout")
+    write_artifact(heldout, Artifact(kind="tokens", tokenizer=grown))
+    users = copied(inputs["base"], tmp_path / "users")
+    (users / "artifact.json").unlink()
+    slots = {"heldout": heldout, "base": users, "extended": tmp_path / "grown"}
+    in_words = CONFIG.model_copy(update={"episode": EpisodeFormat(fact="w001 {key} {value}", question="w002 {key}")})
+    output = evaluate_into(tmp_path, in_words, slots)
+    assert json.loads(output["summary.json"])["models"]["base"]["trained_tokens"] == 64
+    with_marker = CONFIG.model_copy(update={"episode": EpisodeFormat(fact="<|new|> {key} {value}", question="{key}")})
+    with pytest.raises(ValueError, match=f"base has {info.vocab_size} embeddings, but episodes need token id"):
+        evaluate_into(tmp_path / "again", with_marker, slots)
 
 
 def test_a_checkpoint_whose_config_is_behind_its_training_is_refused(tmp_path, inputs, checkpoints, info):
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in checkpoints["extended"].iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
+    other = copied(checkpoints["extended"], tmp_path / "other")
     write_artifact(other, Artifact(kind="checkpoint", tokenizer=info, row_tokens=1024))
     with pytest.raises(ValueError, match="max_position_embeddings 512"):
         evaluate_into(tmp_path, CONFIG, {**inputs, "extended": other})
