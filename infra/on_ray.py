@@ -152,8 +152,9 @@ class RayExecutor:
         try:
             return ray.get(reference)
         except RayError as error:
-            first = str(error).strip().splitlines()[0]
-            return Outcome(task.step, task.attempt, 0.0, error=f"its process died: {type(error).__name__}: {first}")
+            # The first line says what happened; some have no message at all (a process that was told to stop).
+            message = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+            return Outcome(task.step, task.attempt, 0.0, error=f"its process died: {message}")
 
     def _check_feasible(self, cluster: Mapping[str, float]) -> None:
         for step in self._pipeline:

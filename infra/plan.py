@@ -10,6 +10,7 @@ from ropewalk.infra import closure
 from ropewalk.infra.external import external_digest
 from ropewalk.infra.key import identity, step_key
 from ropewalk.infra.record import previous_step
+from ropewalk.infra.scrub import scrub
 from ropewalk.infra.step import Pipeline, Step, UserError
 from ropewalk.infra.store import Commit, Store
 
@@ -142,7 +143,8 @@ class Planner:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What changed from one identity document to another, field by field."""
+    """What changed from a recorded identity document to another, field by field. Records hold no secrets."""
+    now = scrub(now)
     found = []
     for part, word in (("stage", "stage"), ("version", "stage version"), ("code", "code digest")):
         if before.get(part) != now.get(part):

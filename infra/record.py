@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from ropewalk.infra.scrub import scrub
 from ropewalk.infra.step import UserError, unknown
 from ropewalk.infra.store import Store
 
@@ -48,20 +49,20 @@ class RunRecord:
         self._sequence = 0
 
     def append(self, event: dict[str, Any]) -> dict[str, Any]:
-        """Add an event; it is on its way to the disk when this returns."""
+        """Add an event, without secrets; it is on its way to the disk when this returns."""
         with self._lock:
-            stamped = {"seq": self._sequence, "time": time.time(), **event}
+            stamped = {"seq": self._sequence, "time": time.time(), **scrub(event)}
             self._events.write(json.dumps(stamped, ensure_ascii=False) + "\n")
             self._events.flush()
             self._sequence += 1
         return stamped
 
     def write(self, name: str, document: Any) -> None:
-        """Write a JSON file of the record, whole or not at all."""
+        """Write a JSON file of the record, whole or not at all, without secrets."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(scrub(document), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(path)
 
     def log_path(self, step: str, attempt: str) -> Path:

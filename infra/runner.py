@@ -197,7 +197,7 @@ class Runner:
             store_uri=self.store.uri,
             key=plan.key,
             attempt=attempt,
-            record={"identity": plan.document, "step": step.name, "run_id": self.record.run_id},
+            record={"identity": scrub(plan.document), "step": step.name, "run_id": self.record.run_id},
             force=plan.commit is not None,
             log_path=str(self.record.log_path(step.name, attempt)),
             import_paths=self.import_paths,
@@ -246,7 +246,7 @@ class Runner:
         self._event({**event, "step": step, "metric_step": metric_step, "attempt": self._attempts.get(step)})
 
     def _event(self, event: dict[str, Any]) -> None:
-        self.on_event(self.record.append(scrub(event)))
+        self.on_event(self.record.append(event))
 
     def _run_started(self) -> dict[str, Any]:
         return {

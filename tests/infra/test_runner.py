@@ -238,6 +238,17 @@ def test_resources_and_store_place_do_not_enter_the_key(tmp_path):
     assert Planner(Pipeline("other", (step,)), Store(tmp_path / "b")).plan()[0].key == plain
 
 
+def test_secrets_in_configs_reach_no_file_of_the_store(tmp_path):
+    secret = "hf_abcdefghijklmnopqrstuvwxyz0123456789"
+    pipeline = Pipeline("p", (Step("s", number, NumberConfig(note=f"https://me:{secret}@host/x")),))
+    assert statuses(run(pipeline, tmp_path / "store")) == {"s": "ran"}
+    assert statuses(run(pipeline, tmp_path / "store")) == {"s": "reused"}
+    for path in (tmp_path / "store").rglob("*"):
+        assert not path.is_file() or secret not in path.read_text(), path
+    changed = pipeline.with_settings(["s.value=9"])
+    assert plan(changed, tmp_path / "store")["s"] == ("run", "config value 1 -> 9")
+
+
 def test_unusable_store_uri_is_refused():
     with pytest.raises(UserError, match="s3://bucket"):
         Store("s3://bucket")

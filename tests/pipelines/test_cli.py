@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,9 @@ class Config(BaseModel):
 def run(config, inputs, output, context):
     if config.value == 13:
         raise ValueError("value: 13 is not allowed")
+    if config.value == 60:
+        import time
+        time.sleep(60)
     base = json.loads((inputs["before"] / "v.json").read_text()) if "before" in inputs else 1
     (output.data / "v.json").write_text(json.dumps(base * config.value))
     context.log({"value": config.value})
@@ -142,6 +147,33 @@ def test_a_failing_stage_is_told_in_one_sentence_with_the_traceback_in_its_log(h
     }
     logs = list((home / "store/runs" / result["run_id"] / "logs/second").glob("*.log"))
     assert "Traceback" in logs[0].read_text()
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_ctrl_c_cancels_the_run_and_commits_nothing_half_done(home, first_run, executor):
+    words = ("run", "doubling.py", "--executor", executor, "--set", "second.value=60", "--json")
+    command = [sys.executable, "-m", "ropewalk.pipelines.cli", *words]
+    environment = {**os.environ, "ROPEWALK_STORE": str(home / "store")}
+    driver = subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, text=True)
+    began = time.monotonic()
+    while not any(run["pid"] == driver.pid and run["running"] for run in running_runs(home)):
+        assert time.monotonic() - began < 90 and driver.poll() is None
+        time.sleep(0.5)
+    if executor == "ray":
+        time.sleep(3)  # the step is on its way to a worker
+    driver.send_signal(signal.SIGINT)
+    if executor == "ray":
+        driver.send_signal(signal.SIGINT)  # twice: at once, for a stage that does not ask whether it is cancelled
+    output, _ = driver.communicate(timeout=60)
+    result = json.loads(output.splitlines()[-1])
+    assert driver.returncode == 130 and result["status"] == "cancelled"
+    assert [step["status"] for step in result["steps"]] == ["reused", "failed"]
+    assert not (home / "store/objects" / result["steps"][1]["key"] / "commits").exists()
+
+
+def running_runs(home):
+    runs = last_json(ropewalk(home, "status", "--json"))["runs"]
+    return [{**run, **json.loads((home / "store/runs" / run["run_id"] / "run.json").read_text())} for run in runs]
 
 
 def test_status_show_and_rerun_speak_of_runs(home, first_run):
