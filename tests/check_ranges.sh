@@ -20,6 +20,7 @@ import ropewalk
 names = [m.name for m in pkgutil.walk_packages(ropewalk.__path__, "ropewalk.")]
 for name in names:
     importlib.import_module(name)
+assert len(names) > 50, names
 print(f"open ranges: {len(names)} modules import")
 PY
 "$work/venv/bin/ropewalk" plan quickstart --json >"$work/plan.json"
