@@ -14,10 +14,15 @@ cp -r pyproject.toml README.md LICENSE pipelines stages kernels infra "$work/sou
 $pip --constraint "$work/torch.txt" "$work/source"
 cd "$work"
 "$work/venv/bin/python" - <<'PY'
-import importlib, pkgutil
+import importlib
+from pathlib import Path
+
 import ropewalk
 
-names = [m.name for m in pkgutil.walk_packages(ropewalk.__path__, "ropewalk.")]
+# By file: the rooms are namespace packages, which pkgutil does not walk into.
+root = Path(list(ropewalk.__path__)[0])
+files = [path.relative_to(root).with_suffix("") for path in root.rglob("*.py") if path.name != "__init__.py"]
+names = sorted("ropewalk." + ".".join(path.parts) for path in files)
 for name in names:
     importlib.import_module(name)
 assert len(names) > 50, names
