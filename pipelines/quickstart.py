@@ -28,8 +28,8 @@ LONG_WINDOW = 4096
 
 CURRICULUM = (
     # row_tokens, steps, share of rows that repeat themselves
-    (32, 300, 0.5),
-    (64, 150, 0.4),
+    (32, 270, 0.5),
+    (64, 135, 0.4),
     (128, 135, 0.3),
     (256, 180, 0.2),
     (BASE_WINDOW, 180, 0.1),

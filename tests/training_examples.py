@@ -215,7 +215,6 @@ def train_by_hand(checkpoint: Path, rows: Sequence[Mapping[str, Any]], settings:
     for _ in range(settings.phases[0].num_steps):
         sums = {"targets": [], "inserted": []}
         for row in rows:
-            planted = []
             ids = torch.tensor([row["input_ids"]])
             logits = model(input_ids=ids, attention_mask=_dense_mask(row), use_cache=False).logits[0]
             for position in range(1, ids.shape[1]):
@@ -226,9 +225,7 @@ def train_by_hand(checkpoint: Path, rows: Sequence[Mapping[str, Any]], settings:
                 if "loss_mask" in row and all(
                     not s["row_start"] <= position < s["row_start"] + s["num_tokens"] for s in row["segments"]
                 ):
-                    planted.append(loss)
-            if planted:
-                sums["inserted"].append(torch.stack(planted).mean())
+                    sums["inserted"].append(loss)
         mean = torch.stack(sums["targets"]).mean()
         extra = torch.stack(sums["inserted"]).mean() if sums["inserted"] else 0.0
         (mean + settings.inserted_loss_weight * extra).backward()

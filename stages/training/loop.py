@@ -107,7 +107,6 @@ class _Rank:
         self.engine = build_engine(WeightedLoss(_model(job), job.config.loss_chunk_tokens), job.config)
         self.checkpoints = Checkpoints(job.work / "checkpoints", worker.rank, worker.world_size)
         self.tables = [RowTable(phase.folder) for phase in job.phases]
-        self.marks = (job.tokenizer.bos_token_id, job.tokenizer.eos_token_id)
         self.orders = [RowOrder(job.config.seed, index, phase.num_rows) for index, phase in enumerate(job.phases)]
         self.history: History = []
 
@@ -176,12 +175,12 @@ class _Rank:
         return entry | {"inserted_loss": inserted_loss} if num_inserted else entry
 
     def _agree(self, step: int, batches: Sequence[Sequence[Row]]) -> tuple[int, int]:
-        """Global numbers of targets and of rows with inserted ones; saves and raises if any rank was told to stop."""
+        """Global numbers of targets and inserted targets; saves and raises if any rank was told to stop."""
         rows = [row for part in batches for row in part]
         counts = torch.tensor(
             [
                 sum(int(row.targets().sum()) for row in rows),
-                sum(int(row.inserted_shares(self.marks).any()) for row in rows),
+                sum(int(row.inserted_targets().sum()) for row in rows),
                 int(self.worker.cancelled()),
             ],
             device=self.device,
@@ -196,7 +195,7 @@ class _Rank:
         return num_targets, num_inserted
 
     def _backward(self, batches: Sequence[Sequence[Row]], num_targets: int, num_inserted: int) -> torch.Tensor:
-        """Gradients of the objective. Returns this rank's sums ([2]): target losses, rows' means of inserted ones."""
+        """Gradients of the objective; returns this rank's loss sums over targets and inserted targets ([2])."""
         world_size = self.worker.world_size
         target_weight = world_size / max(1, num_targets)
         inserted_weight = world_size * self.job.config.inserted_loss_weight / max(1, num_inserted)
@@ -227,7 +226,7 @@ class _Rank:
                 ]
             ),
             targets=torch.stack([torch.as_tensor(row.targets()) for row in rows]),
-            inserted=torch.stack([torch.as_tensor(row.inserted_shares(self.marks)) for row in rows]),
+            inserted=torch.stack([torch.as_tensor(row.inserted_targets()) for row in rows]),
         )
         return batch.to(self.device), plan.to(self.device)
 

@@ -1,7 +1,7 @@
 """The objective: weighted next-token cross-entropy, without ever holding the logits of a whole long row.
 
 Shapes: B rows, T tokens, D hidden width, V vocabulary. The loss at position t is for target t, predicted from the
-tokens before it; position 0 is never a target. Logits are float32 at least, whatever the model's type.
+tokens before it; position 0 is never a target. Logits are float32 whatever the model's type.
 
 A row of 131,072 tokens has 62 GiB of float32 logits at a vocabulary of 128,256. So a micro-batch longer than
 `chunk_tokens` is cut: each chunk's logits are made from its hidden states, reduced to losses, dropped, and made
@@ -30,8 +30,7 @@ class MicroBatch:
     targets: torch.Tensor
     """[B, T] bool: token t is a target."""
     inserted: torch.Tensor
-    """[B, T] float32: where token t is a target that no document holds, such as a planted answer, its share of its
-    row's. The shares of a row sum to 1, or to 0 if it has none."""
+    """[B, T] bool: token t is a target that no document holds, such as a planted answer."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
@@ -51,8 +50,9 @@ class WeightedLoss(nn.Module):
     def forward(
         self, batch: MicroBatch, plan: Any, target_weight: float, inserted_weight: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The objective, a scalar: `target_weight` x sum over targets + `inserted_weight` x sum of the rows' means over
-        inserted ones. Also returns, detached, the two bare sums ([2], float32). `plan` says which tokens see which.
+        """The objective, a scalar: `target_weight` x sum over targets + `inserted_weight` x sum over inserted ones.
+
+        Also returns, detached, the two bare sums ([2], float32). `plan` says which tokens see which.
         """
         inputs = {
             "input_ids": batch.input_ids,
@@ -65,7 +65,7 @@ class WeightedLoss(nn.Module):
         else:
             losses = self._chunked(inputs, batch.input_ids)
         targets, inserted = batch.targets[:, 1:], batch.inserted[:, 1:]
-        sums = torch.stack([losses[targets].sum(), (losses * inserted)[inserted > 0].sum()])
+        sums = torch.stack([losses[targets].sum(), losses[inserted].sum()])
         return target_weight * sums[0] + inserted_weight * sums[1], sums.detach()
 
     def _chunked(self, inputs: dict[str, Any], input_ids: torch.Tensor) -> torch.Tensor:
@@ -101,6 +101,5 @@ class WeightedLoss(nn.Module):
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = functional.cross_entropy(precise.flatten(0, -2), labels.flatten(), reduction="none")
+    losses = functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
     return losses.view(labels.shape)

@@ -59,19 +59,16 @@ class Row:
         targets[0] = False
         return targets
 
-    def inserted_shares(self, marks: Sequence[int]) -> np.ndarray:
-        """[T] float32: for each target that no segment covers, such as a planted answer, 1 / their number; else 0.
-
-        `marks`, the begin and end tokens, are not planted. None without a loss mask.
-        """
+    def inserted_targets(self) -> np.ndarray:
+        """[T] bool: targets that no segment covers, such as planted answers. None without a loss mask."""
         import numpy as np
 
         if self.loss_mask is None:
-            return np.zeros(len(self.input_ids), dtype=np.float32)
-        inserted = self.targets() & ~np.isin(self.input_ids, marks)
+            return np.zeros(len(self.input_ids), dtype=bool)
+        inserted = self.targets()
         for segment in self.segments:
             inserted[segment["row_start"] : segment["row_start"] + segment["num_tokens"]] = False
-        return inserted.astype(np.float32) / max(1, int(inserted.sum()))
+        return inserted
 
 
 def policies(folder: Path) -> set[str]:

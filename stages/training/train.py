@@ -5,7 +5,7 @@ Reads   a Rows artifact for each slot that `phases` names; `checkpoint`, a Huggi
         tokenizer has tokens that the checkpoint's lacks.
 Writes  a Hugging Face folder that stock transformers loads (config.json with `rope_parameters` and the older keys,
         model.safetensors, the tokenizer's files) with `artifact.json` and `training.jsonl`, a line for each optimiser
-        step: loss (mean over targets), inserted_loss (mean over rows of the mean over planted targets), learning_rate,
+        step: loss (mean over targets), inserted_loss (mean over targets that no document holds), learning_rate,
         grad_norm before clipping, row_tokens, tokens seen.
 Bytes   depend on the config and the inputs: also on `world_size`, which orders sums, but not on where ranks run,
         on interruptions, or on how often a checkpoint is written. Across kinds of device they differ.
@@ -76,9 +76,8 @@ class TrainConfig(Record):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     inserted_loss_weight: float = Field(default=0.0, ge=0)
-    """Adds this times the loss of planted targets (in no segment, neither begin nor end mark: answers, copies) to the
-    mean over all targets. It is the mean over rows of each row's mean, so that a few answers count as much as a row
-    full of copies. Only rows with a loss mask have such."""
+    """Adds this times the mean loss over targets in no segment, such as planted answers, to the mean over all targets.
+    Only rows with a loss mask have such."""
     attention: Literal["rows", "causal", "document"] = "rows"
     """What each token sees. With rows, each row's own policy; the others must agree with the rows or give a reason."""
     override_attention_reason: str | None = None

@@ -72,18 +72,18 @@ def test_unpacking_again_reads_what_is_there(tmp_path):
     assert sorted(path.suffix for path in (tmp_path / "work").iterdir()) == [".arrow", ".arrow"]
 
 
-def test_targets_leave_out_the_first_token_and_inserted_ones_lie_in_no_segment_and_are_no_marks(tmp_path):
+def test_targets_leave_out_the_first_token_and_inserted_ones_lie_in_no_segment(tmp_path):
     info = write_tokenizer(tmp_path / "tokenizer")
     row = {
         "row_id": "r",
         "input_ids": [3, 4, 5, 6, 7, 8],
         "segments": [{"doc_id": "d", "start": 0, "num_tokens": 2, "row_start": 1}],
         "attention": "causal",
-        "loss_mask": [True, True, False, True, True, True],
+        "loss_mask": [True, True, False, True, False, True],
     }
     plain = {key: value for key, value in row.items() if key != "loss_mask"}
     for name, rows, targets, inserted in [
-        ("masked", [row], [1, 3, 4, 5], [4, 5]),
+        ("masked", [row], [1, 3, 5], [3, 5]),
         ("plain", [plain], [1, 2, 3, 4, 5], []),
     ]:
         unpack(
@@ -91,9 +91,7 @@ def test_targets_leave_out_the_first_token_and_inserted_ones_lie_in_no_segment_a
         )
         found = RowTable(tmp_path / "work" / name)[0]
         assert found.targets().nonzero()[0].tolist() == targets
-        shares = found.inserted_shares(marks=(6,))
-        assert shares.nonzero()[0].tolist() == inserted
-        assert shares.sum() == pytest.approx(1.0 if inserted else 0.0)
+        assert found.inserted_targets().nonzero()[0].tolist() == inserted
 
 
 @pytest.mark.parametrize(
