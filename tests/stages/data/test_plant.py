@@ -84,7 +84,7 @@ def parse(row, documents, writer, info):
             _, key, value = ids[position : position + 3]
             assert key not in asked
             asked[key] = value
-            assert mask[position : position + 3] == [True, True, True]
+            assert mask[position : position + 3] == [False, False, True]
             position += 3
         else:
             assert ids[position] == info.eos_token_id
