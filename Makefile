@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install install-dev quickstart test lint clean help
+.PHONY: install install-dev quickstart test test-faults test-services soak lint clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -22,6 +22,18 @@ quickstart: $(VENV)/.installed  ## Install, then run the whole chain on this mac
 test: $(VENV)/.installed-dev  ## Lint, types, import contracts and all tests
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/.installed-dev  ## The long tests: kills, damage, full disks, two drivers, a short soak
+	$(BIN)/python -m pytest -m faults
+
+MINUTES ?= 10
+soak: $(VENV)/.installed-dev  ## Random pipelines, drivers, kills and damage for MINUTES=10; SEED=... repeats a soak
+	$(BIN)/python tests/faults/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
+
+test-services: $(VENV)/.installed-dev  ## PostgreSQL, S3 and the MLflow server on loopback; installs PostgreSQL if need be
+	$(PIP) --constraint constraints.txt --editable ".[dev,services]"
+	tests/services/install_postgresql.sh
+	$(BIN)/python -m pytest -m services
 
 lint: $(VENV)/.installed-dev  ## ruff, pyright and import-linter
 	$(BIN)/ruff check .

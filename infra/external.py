@@ -1,19 +1,27 @@
-"""Digests of external inputs, cached by path, size, mtime and inode, so that planning is quick."""
+"""External inputs: files of this machine, adopted data (`adopted://name`), repositories of the Hugging Face hub
+(`hf://datasets/owner/repo@commit`) and objects of an object store (`s3://bucket/prefix`).
+
+Digests of files are cached by path, size, mtime and inode, so that planning is quick.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ropewalk.infra.key import canonical_json, sha256_hex
+from ropewalk.infra.objects import file_sha256
 from ropewalk.infra.step import External, UserError
+
+if TYPE_CHECKING:
+    from ropewalk.infra.store import Store
 
 
 def external_files(external: External, place: str) -> list[tuple[str, Path]]:
@@ -36,8 +44,36 @@ def external_files(external: External, place: str) -> list[tuple[str, Path]]:
     return files
 
 
-def external_digest(external: External, place: str, cache_path: Path) -> str:
-    """sha256 over the sorted [relative path, size, sha256] of the files."""
+def external_digest(external: External, place: str, store: Store) -> str:
+    """What an external input contributes to an identity; for files the sha256 of what `digest_files` finds.
+
+    Raises UserError naming `place` for what is not there.
+    """
+    if "://" not in external.path:
+        return sha256_hex(canonical_json(digest_files(external, place, store.external_cache)))
+    from ropewalk.infra import adopt
+
+    return adopt.resolve(external, place, store).digest
+
+
+def external_uri(external: External, place: str, store: Store) -> str:
+    """What `Store.fetch` finds the input by, on whatever machine the step runs."""
+    if "://" not in external.path:
+        return external.path
+    from ropewalk.infra import adopt
+
+    return adopt.resolve(external, place, store).uri
+
+
+def fetch_external(store: Store, uri: str) -> Path:
+    """The local file or folder of an input, brought here if that is needed. Raises UserError, StoreError or OSError."""
+    from ropewalk.infra import adopt
+
+    return adopt.fetch(store, uri)
+
+
+def digest_files(external: External, place: str, cache_path: Path) -> list[list[Any]]:
+    """The sorted [relative path, size, sha256] of the files."""
     files = external_files(external, place)
     known = _read_cache(cache_path)
     entries, changed = [], False
@@ -51,13 +87,7 @@ def external_digest(external: External, place: str, cache_path: Path) -> str:
         entries.append([relative, stat.st_size, known[where][-1]])
     if changed:
         _write_cache(cache_path, known)
-    return sha256_hex(canonical_json(entries))
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return entries
 
 
 def matches(relative: str, patterns: tuple[str, ...]) -> bool:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ropewalk.infra.scrub import scrub_text
+
 SQLITE = "sqlite:///"
 
 
@@ -43,6 +45,8 @@ def set_environment(environment: dict[str, str] | None = None) -> dict[str, str]
     target.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     target.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     target.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # Of artifacts that go to S3 without the server's help.
+    target.setdefault("AWS_MAX_ATTEMPTS", "2")
     target["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     target["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
     return target
@@ -81,12 +85,30 @@ def sqlite_path(tracking_uri: str) -> Path | None:
     return None if name in ("", ":memory:") else Path(name)
 
 
+def database_id(tracking_uri: str) -> str:
+    """Which database a URI names now, without secrets: another sqlite file at the same path is another one."""
+    path = sqlite_path(tracking_uri)
+    if path is None:
+        return scrub_text(tracking_uri)
+    try:
+        return f"{tracking_uri}#{path.stat().st_ino}"
+    except FileNotFoundError:
+        return tracking_uri
+
+
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for an exclusive lock on a file and hold it; the system frees it when the process ends."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on a file; the system frees it when the process ends.
+
+    Yields whether it is held: always, after waiting for it, unless `wait` is off and somebody else holds it.
+    """
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def _create(path: Path) -> None:

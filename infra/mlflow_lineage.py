@@ -7,52 +7,36 @@ one model in an experiment, however many runs reuse it, so that all its evaluati
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ropewalk.infra.mlflow_values import artifact_facts, dataset_input, model_name, tag_value
+from ropewalk.infra.mlflow_artifacts import Artifacts
+from ropewalk.infra.mlflow_ids import Ids
+from ropewalk.infra.mlflow_values import dataset_input, model_name, tag_value
 
 DATASET_KINDS = ("documents", "tokens", "rows")
-
-
-@dataclass
-class Ids:
-    """What MLflow calls our things: the content of `mlflow.json`."""
-
-    tracking_uri: str = ""
-    """Without secrets; another URI means another database, where nothing is known yet."""
-    experiment_id: str | None = None
-    parent_run_id: str | None = None
-    children: dict[str, str] = field(default_factory=dict)
-    """Run id by step, and by `<step>/<input>` for the runs that hold the metrics about one of several models."""
-    models: dict[str, str] = field(default_factory=dict)
-    """Logged model id by output digest."""
-    seq: int = 0
-    """The first event that MLflow may not have."""
-    driver: dict[str, Any] = field(default_factory=dict)
-    """`host`, `pid` and `started` of the process that writes the record."""
 
 
 class Lineage:
     """Looks up and links the models and datasets of one run."""
 
-    def __init__(self, client: Any, ids: Ids, save: Callable[[Ids], None]) -> None:
+    def __init__(
+        self,
+        client: Any,
+        ids: Ids,
+        save: Callable[[Ids], None],
+        artifacts: Artifacts,
+        inputs: Mapping[str, Mapping[str, Any]],
+        lock: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """`inputs` says what each step was given, by slot; `lock` keeps others from making models meanwhile."""
         self._client = client
         self._ids = ids
         self._save_ids = save
-        self._inputs: dict[str, Mapping[str, Any]] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
-
-    def remember(self, step: str, inputs: Mapping[str, Any]) -> None:
-        """Learn what a step was given: `{"uri", "digest", "step"}` by slot."""
-        self._inputs[step] = inputs
-
-    def facts(self, uri: str) -> dict[str, Any]:
-        """What an artifact says of itself (it never changes once committed)."""
-        if uri not in self._facts:
-            self._facts[uri] = artifact_facts(uri)
-        return self._facts[uri]
+        self._artifacts = artifacts
+        self._inputs = inputs
+        self._lock = lock
 
     def link_inputs(self, child: str, step: str) -> None:
         """Log a step's inputs on its run."""
@@ -72,7 +56,7 @@ class Lineage:
         from mlflow.entities import LoggedModelOutput
 
         reference = {**output, "step": step}
-        facts = self.facts(output["uri"])
+        facts = self._artifacts.facts(output["uri"])
         kind = facts.get("kind")
         if kind in DATASET_KINDS:
             made = dataset_input(f"{step}/{kind}", reference, "output", facts)
@@ -88,15 +72,27 @@ class Lineage:
         digest = reference["digest"]
         if digest in self._ids.models:
             return self._ids.models[digest]
-        found = self._client.search_logged_models(
-            [self._ids.experiment_id], filter_string=f"tags.`ropewalk.digest` = '{digest}'", max_results=50
-        )
-        model = min(found, key=lambda each: each.creation_timestamp) if found else self._create(reference, child)
-        if str(model.status) != "READY":
-            self._client.finalize_logged_model(model.model_id, "READY")
+        with self._lock():
+            model = self._found(digest) or self._create(reference, child)
+            if str(model.status) != "READY":
+                self._client.finalize_logged_model(model.model_id, "READY")
         self._ids.models[digest] = model.model_id
         self._save_ids(self._ids)
         return model.model_id
+
+    def _found(self, digest: str) -> Any:
+        """The model with this digest, None if there is none.
+
+        A creation that was given up on may have been served all the same, so there may be another that nobody uses.
+        """
+        found = self._client.search_logged_models(
+            [self._ids.experiment_id], filter_string=f"tags.`ropewalk.digest` = '{digest}'", max_results=50
+        )
+        found = sorted(found, key=lambda each: (str(each.status) != "READY", each.creation_timestamp, each.model_id))
+        for unused in found[1:]:
+            if str(unused.status) != "READY":
+                self._client.delete_logged_model(unused.model_id)
+        return found[0] if found else None
 
     def model_behind(self, step: str, slot: str) -> str | None:
         """The model that metrics about this input describe: the checkpoint itself, or the one its maker was given.
@@ -125,15 +121,15 @@ class Lineage:
         return {}
 
     def _is_checkpoint(self, reference: Mapping[str, Any]) -> bool:
-        return self.facts(reference["uri"]).get("kind") == "checkpoint"
+        return self._artifacts.facts(reference["uri"]).get("kind") == "checkpoint"
 
     def _dataset(self, slot: str, reference: Mapping[str, Any]) -> Any:
         name = f"{reference['step'] or 'external'}/{slot}"
-        return dataset_input(name, reference, "input", self.facts(reference["uri"]))
+        return dataset_input(name, reference, "input", self._artifacts.facts(reference["uri"]))
 
     def _create(self, reference: Mapping[str, Any], child: str | None) -> Any:
         step = reference["step"]
-        window = self.facts(reference["uri"]).get("row_tokens")
+        window = self._artifacts.facts(reference["uri"]).get("row_tokens")
         tags = {
             "mlflow.model.isExternal": "true",
             "ropewalk.digest": reference["digest"],

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from ropewalk.infra.scrub import scrub, scrub_text
@@ -84,22 +84,6 @@ def milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def artifact_facts(uri: str) -> dict[str, Any]:
-    """What `artifact.json` says of an artifact; `{"kind": "checkpoint"}` for a bare Hugging Face folder, else `{}`."""
-    folder = Path(uri)
-    for name in ("artifact.json", "config.json"):
-        try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if not isinstance(found, dict):
-            continue
-        if name == "artifact.json":
-            return found
-        return {"kind": "checkpoint"} if "model_type" in found else {}
-    return {}
-
-
 def dataset_input(name: str, reference: Mapping[str, Any], context: str, facts: Mapping[str, Any]) -> Any:
     """A `DatasetInput` for an artifact or external file: named, located by URI, identified by digest.
 
@@ -119,24 +103,16 @@ def dataset_input(name: str, reference: Mapping[str, Any], context: str, facts: 
     return DatasetInput(dataset, [InputTag(key, value) for key, value in tags.items()])
 
 
-def small_files(uri: str) -> tuple[list[tuple[Path, str]], int]:
-    """The files of an artifact worth showing, with the folder each goes to, and how many were left out for size.
+def shown_files(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], int]:
+    """Which files of a committed attempt are worth showing, and how many others are left out.
 
-    Looks into `data/` (the URI), `observed/` beside it, and takes `manifest.json`. Links are not followed.
+    `entries` are the `files` of its manifest. Taken are small files that people read, and the manifest itself.
     """
-    data = Path(uri)
-    attempt = data.parent
-    chosen: list[tuple[Path, str]] = []
-    left_out = 0
-    for folder in (data, attempt / "observed"):
-        for path in sorted(folder.rglob("*")):
-            if path.is_symlink() or not path.is_file() or path.suffix.lower() not in UPLOADED_SUFFIXES:
-                continue
-            if len(chosen) < MAX_UPLOADS and path.stat().st_size <= MAX_UPLOAD_BYTES:
-                chosen.append((path, path.parent.relative_to(attempt).as_posix()))
-            else:
-                left_out += 1
-    manifest = attempt / "manifest.json"
-    if manifest.is_file():
-        chosen.append((manifest, ""))
-    return chosen, left_out
+    readable = [entry for entry in entries if PurePosixPath(entry["path"]).suffix.lower() in UPLOADED_SUFFIXES]
+    chosen = [entry["path"] for entry in readable if entry["size"] <= MAX_UPLOAD_BYTES and _confined(entry["path"])]
+    chosen = sorted(chosen, key=lambda path: (not path.startswith("data/"), path))[:MAX_UPLOADS]
+    return [*chosen, *(["manifest.json"] if entries else [])], len(readable) - len(chosen)
+
+
+def _confined(path: str) -> bool:
+    return path.startswith(("data/", "observed/")) and ".." not in PurePosixPath(path).parts

@@ -3,6 +3,9 @@
 Every operation is safe to repeat: runs and models are looked up by tag before they are made, params and metrics carry
 the record's own values and times, which MLflow stores once. Only `MlflowClient` with explicit ids is used; the fluent
 API keeps an active run per thread and makes requests of its own.
+
+A request that was given up on may still be served, any time later. So runs that are there twice are reduced to one,
+and `settle` looks whether MLflow agrees with the record on how everything ended.
 """
 
 from __future__ import annotations
@@ -10,79 +13,55 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ropewalk.infra.mlflow_database import artifact_location
-from ropewalk.infra.mlflow_lineage import Ids, Lineage
-from ropewalk.infra.mlflow_values import (
-    batches,
-    metric_value,
-    milliseconds,
-    name_for_mlflow,
-    params_of,
-    small_files,
-    tag_value,
-)
+from ropewalk.infra.mlflow_artifacts import Artifacts
+from ropewalk.infra.mlflow_database import artifact_location, locked
+from ropewalk.infra.mlflow_ids import Ids
+from ropewalk.infra.mlflow_lineage import Lineage
+from ropewalk.infra.mlflow_values import batches, metric_value, milliseconds, name_for_mlflow, params_of, tag_value
+from ropewalk.infra.run_state import Ending, Event, RunState, ending_of
 from ropewalk.infra.scrub import scrub, scrub_text
 
-Event = Mapping[str, Any]
-MAX_LOG_CHARACTERS = 200_000
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Opens the experiment on its runs; without it MLflow's UI begins with pages about agents and traces."""
 
 
 class View:
-    """Writes one run's events to MLflow. `remember` takes every event, in order; `apply` the ones to be shown."""
+    """Writes one run's events to MLflow. `state` learns every event, in order; `apply` takes the ones to be shown."""
 
-    def __init__(self, client: Any, ids: Ids, save: Callable[[Ids], None], store_root: Path, run_id: str) -> None:
+    def __init__(
+        self, client: Any, ids: Ids, save: Callable[[Ids], None], store_root: Path, run_id: str, artifacts: Artifacts
+    ) -> None:
         self.client = client
         self.ids = ids
         self.run_id = run_id
+        self.state = RunState()
         self._save_ids = save
         self._store_root = store_root
-        self._run: Event = {}
-        self._steps: dict[str, Event] = {}
-        self._running: set[str] = set()
-        self._last_metric_step: dict[str, int] = defaultdict(int)
-        self._lineage = Lineage(client, ids, save)
-        self.finished = False
-
-    def remember(self, event: Event) -> None:
-        """Learn from an event what later ones refer to. Touches nothing outside."""
-        kind, step = event["type"], event.get("step", "")
-        if kind == "run_started":
-            self._run = event
-            self._steps = {spec["name"]: spec for spec in event["steps"]}
-        elif kind in ("step_started", "step_reused"):
-            self._lineage.remember(step, event["inputs"])
-            if kind == "step_started":
-                self._running.add(step)
-        elif kind == "metrics" and event["metric_step"] is not None:
-            self._last_metric_step[step] = max(self._last_metric_step[step], event["metric_step"])
-        elif kind in ("step_succeeded", "step_failed"):
-            self._running.discard(step)
-        self.finished = self.finished or kind == "run_finished"
+        self._artifacts = artifacts
+        self._lineage = Lineage(client, ids, save, artifacts, self.state.inputs, self._lock)
 
     def find(self) -> None:
         """Find this run in MLflow, or make it. Begins with the first event if MLflow lost what it had."""
-        name = self._run["pipeline"]
-        known = set(self.ids.children)
-        self.ids.experiment_id = experiment_id = self._experiment(name)
-        found = self.client.search_runs([experiment_id], f"tags.`ropewalk.run_id` = '{self.run_id}'", max_results=5000)
-        found.sort(key=lambda run: run.info.start_time)
-        parents = [run.info.run_id for run in found if run.data.tags.get("ropewalk.kind") == "pipeline"]
-        children = {_child_name(run): run.info.run_id for run in reversed(found) if run.info.run_id not in parents}
-        if self.ids.parent_run_id not in parents or not known <= set(children):
+        name = self.state.run["pipeline"]
+        self.ids.experiment_id = self._experiment(name)
+        known, found = set(self.ids.children.values()), self._runs()
+        parent = found.pop("", None)
+        if parent is None or parent.info.run_id != self.ids.parent_run_id:
             self.ids.seq = 0
-        self.ids.parent_run_id = parents[0] if parents else self._create_parent(name)
+        self.ids.children = {name: run.info.run_id for name, run in found.items()}
+        if not known <= set(self.ids.children.values()):
+            self.ids.seq = 0
         if self.ids.seq == 0:
-            self.ids.models = {}
-        self.ids.children = children
+            self.ids.models, self.ids.unsent_files, self.ids.is_complete = {}, [], False
+        self.ids.parent_run_id = parent.info.run_id if parent else self._create_parent(name)
         self._save_ids(self.ids)
 
     def apply(self, events: Sequence[Event]) -> None:
-        """Show remembered events: a stretch of metrics, or one event of another type."""
+        """Show learned events: a stretch of metrics, or one event of another type."""
         if events[0]["type"] == "metrics":
             self._metrics(events)
             return
@@ -92,28 +71,36 @@ class View:
             if handler is not None:
                 handler(event)
 
-    def abandon(self, seconds: float, why: str) -> None:
-        """Close what is still open as killed: no process is left that could finish it."""
-        self._close_running(seconds, why)
-        self._tag(self._parent, {"ropewalk.status": "killed", "ropewalk.ended": why})
-        self.client.set_terminated(self._parent, "KILLED", end_time=milliseconds(seconds))
+    def send_files_again(self, event: Event) -> None:
+        """Show an event once more whose files were not taken."""
+        self.ids.unsent_files.remove(event["seq"])
+        self.apply([event])
+
+    def settle(self) -> None:
+        """Make MLflow agree with the record on how the run and its steps ended."""
+        for name, run in self._runs().items():
+            ending = self.state.endings.get(name.partition("/")[0]) if name else self.state.ending
+            if ending and (run.info.status, run.data.tags.get("ropewalk.status")) != (ending.shown, ending.status):
+                self._end(run.info.run_id, ending)
 
     def note_refused(self, event: Event, error: str) -> None:
         """Say in MLflow itself that an event is missing from it."""
-        if self.ids.parent_run_id:
-            self._tag(self._parent, {f"ropewalk.refused.{event['seq']}": f"{event['type']}: {error}"})
+        self._tag(self._parent, {f"ropewalk.refused.{event['seq']}": f"{event['type']}: {error}"})
 
     @property
     def _parent(self) -> str:
         assert self.ids.parent_run_id is not None, "find() comes first"
         return self.ids.parent_run_id
 
+    def _lock(self) -> AbstractContextManager[Any]:
+        return locked(self._store_root / "mlflow-models.lock")
+
     def _experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            location = artifact_location(self._store_root, self.ids.tracking_uri, name)
+            location = artifact_location(self._store_root, self.ids.database, name)
             try:
                 return self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
             except MlflowException as error:
@@ -124,6 +111,18 @@ class View:
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id
 
+    def _runs(self) -> dict[str, Any]:
+        """What MLflow has of this run, each once, by name: "" for the parent, else as in `Ids.children`."""
+        query = f"tags.`ropewalk.run_id` = '{self.run_id}'"
+        found = self.client.search_runs([self.ids.experiment_id], query, max_results=5000)
+        ours = {self.ids.parent_run_id, *self.ids.children.values()}
+        found.sort(key=lambda run: (run.info.run_id not in ours, run.info.start_time, run.info.run_id))
+        runs: dict[str, Any] = {}
+        for run in found:
+            if runs.setdefault(_name(run), run) is not run:
+                self.client.delete_run(run.info.run_id)
+        return runs
+
     def _create_parent(self, pipeline: str) -> str:
         tags = {
             "ropewalk.kind": "pipeline",
@@ -132,7 +131,7 @@ class View:
             "ropewalk.status": "running",
             "mlflow.source.name": "ropewalk",
         }
-        start = milliseconds(self._run["time"])
+        start = milliseconds(self.state.run["time"])
         run = self.client.create_run(self.ids.experiment_id, start_time=start, tags=tags, run_name=self.run_id)
         return run.info.run_id
 
@@ -141,19 +140,19 @@ class View:
         step = event["step"]
         if step not in self.ids.children:
             tags = {"mlflow.parentRunId": self._parent, "ropewalk.kind": "step", "ropewalk.status": "running"}
-            tags |= {"ropewalk.key": event["key"], "ropewalk.cache": cache}
-            self._create(step, self._identity(event) | tags, event["time"])
+            self._create(step, self._identity(event) | tags | {"ropewalk.key": event["key"]}, event["time"])
         child = self.ids.children[step]
-        self._log_config(child, self._steps[step]["config"])
+        self._tag(child, {"ropewalk.cache": cache})
+        self._log_config(child, self.state.steps[step]["config"])
         self._lineage.link_inputs(child, step)
         return child
 
     def _identity(self, event: Event) -> dict[str, str]:
-        spec = self._steps[event["step"]]
+        spec = self.state.steps[event["step"]]
         return {
             "mlflow.source.name": "ropewalk",
             "ropewalk.run_id": self.run_id,
-            "ropewalk.pipeline": self._run["pipeline"],
+            "ropewalk.pipeline": self.state.run["pipeline"],
             "ropewalk.step": event["step"],
             "ropewalk.stage": spec["stage"],
             "ropewalk.stage_version": str(spec["version"]),
@@ -171,7 +170,6 @@ class View:
         params = [Param(name, value) for name, value in params_of(config).items()]
         for batch in batches(params, 100):
             self.client.log_batch(child, params=batch)
-        self.client.log_dict(child, scrub(config), "config.json")
 
     def _metrics(self, events: Sequence[Event]) -> None:
         by_run: dict[str, list[Any]] = defaultdict(list)
@@ -204,10 +202,17 @@ class View:
             self._create(name, tags | {"ropewalk.kind": "judged"}, event["time"])
         return self.ids.children[name]
 
-    def _terminate(self, step: str, status: str, seconds: float) -> None:
+    def _end_step(self, event: Event) -> None:
+        ending = ending_of(event)
+        assert ending is not None
         for name, child in self.ids.children.items():
-            if name.split("/")[0] == step:
-                self.client.set_terminated(child, status, end_time=milliseconds(seconds))
+            if name.partition("/")[0] == event["step"]:
+                self._end(child, ending)
+
+    def _end(self, run: str, ending: Ending) -> None:
+        why = {"ropewalk.ended": ending.why} if ending.why else {}
+        self._tag(run, {"ropewalk.status": ending.status, **why})
+        self.client.set_terminated(run, ending.shown, end_time=milliseconds(ending.seconds))
 
     def _on_run_started(self, event: Event) -> None:
         git = event["git"]
@@ -219,73 +224,110 @@ class View:
         if git["commit"]:
             tags["mlflow.source.git.commit"] = git["commit"]
         self._tag(self._parent, tags)
-        self.client.log_dict(self._parent, scrub(event), "run.json")
+        self._files(event, lambda: self.client.log_dict(self._parent, scrub(event), "run.json"))
+
+    def _on_step_waiting(self, event: Event) -> None:
+        self._tag(self._parent, {f"ropewalk.waited.{event['step']}": event["reason"]})
 
     def _on_step_started(self, event: Event) -> None:
+        step = event["step"]
         child = self._child(event, "miss")
-        self._tag(child, {"ropewalk.attempt": event["attempt"], "ropewalk.status": "running"})
+        tags = {"ropewalk.attempt": event["attempt"], "ropewalk.attempts": self.state.attempts[step]}
+        self._tag(child, {**tags, "ropewalk.status": "running"})
         self.client.update_run(child, status="RUNNING")
+        config = scrub(self.state.steps[step]["config"])
+        self._files(event, lambda: self.client.log_dict(child, config, "config.json"))
+
+    def _on_running(self, event: Event) -> None:
+        self._tag(self.ids.children[event["step"]], {"ropewalk.node": event.get("node")})
+
+    def _on_timed_out(self, event: Event) -> None:
+        self._tag(self.ids.children[event["step"]], {"ropewalk.timed_out": event["reason"]})
+
+    def _on_lease_lost(self, event: Event) -> None:
+        self._tag(self.ids.children[event["step"]], {"ropewalk.lease_lost": event["attempt"]})
+
+    def _on_attempt_failed(self, event: Event) -> None:
+        """Nothing is retried silently: each failed attempt leaves a tag and its log."""
+        failure = f"{event['kind']}: {event['error']}"
+        number = event["num_failed"] + event["num_preempted"]
+        tags = {f"ropewalk.failed_attempt.{number}": failure, "ropewalk.preemptions": event["num_preempted"]}
+        # The store may not have answered before there was a first attempt.
+        run = self.ids.children.get(event["step"], self._parent)
+        self._tag(run, {**tags, "ropewalk.status": "retrying"} if run != self._parent else tags)
+        self._log_file(run, event)
 
     def _on_step_reused(self, event: Event) -> None:
         child = self._child(event, "hit")
+        config = scrub(self.state.steps[event["step"]]["config"])
+        self._files(event, lambda: self.client.log_dict(child, config, "config.json"))
         self._output(child, event)
-        source = event["output"]["uri"]
-        tags = {"ropewalk.source": source, "ropewalk.status": "reused", "ropewalk.reason": event["reason"]}
-        self._tag(child, tags)
-        self._terminate(event["step"], "FINISHED", event["time"])
+        self._tag(child, {"ropewalk.source": event["output"]["uri"], "ropewalk.reason": event["reason"]})
+        self._end_step(event)
 
     def _on_step_succeeded(self, event: Event) -> None:
         child = self.ids.children[event["step"]]
         output = event["output"]
-        counts = self._lineage.facts(output["uri"]).get("counts", {})
+        counts = self._artifacts.facts(output["uri"]).get("counts", {})
         values = {"seconds": event["seconds"], "output.num_bytes": output["num_bytes"]}
         values |= {"output.num_files": output["num_files"]} | {f"counts.{name}": n for name, n in counts.items()}
         self._numbers(child, values, event["time"])
         self._output(child, event)
-        self._upload(child, output["uri"])
-        self._tag(child, {"ropewalk.status": "succeeded", "ropewalk.reason": event["reason"]})
-        self._terminate(event["step"], "FINISHED", event["time"])
+        self._upload(child, event)
+        self._tag(child, {"ropewalk.reason": event["reason"]})
+        self._end_step(event)
 
     def _on_step_failed(self, event: Event) -> None:
-        child = self.ids.children[event["step"]]
+        child = self.ids.children.get(event["step"])
+        if child is None:
+            self._tag(self._parent, {f"ropewalk.failed.{event['step']}": event["error"]})
+            return
         self._numbers(child, {"seconds": event["seconds"]}, event["time"])
-        self._tag(child, {"ropewalk.status": "failed", "ropewalk.error": event["error"]})
-        log = self._store_root / "runs" / self.run_id / "logs" / event["step"] / f"{event['attempt']}.log"
-        if log.is_file():
-            text = log.read_text(encoding="utf-8", errors="replace")[-MAX_LOG_CHARACTERS:]
-            self.client.log_text(child, scrub_text(text), f"logs/{log.stem}.txt")
-        self._terminate(event["step"], "FAILED", event["time"])
+        tags = {"ropewalk.error": event["error"], "ropewalk.failure": event.get("kind")}
+        self._tag(child, {**tags, "ropewalk.preemptions": event.get("num_preempted", 0)})
+        self._log_file(child, event)
+        self._end_step(event)
 
     def _on_step_skipped(self, event: Event) -> None:
         self._tag(self._parent, {f"ropewalk.skipped.{event['step']}": event["reason"]})
 
     def _on_run_finished(self, event: Event) -> None:
-        self._close_running(event["time"], f"the run {event['status']} before the step did")
         self._numbers(self._parent, {"seconds": event["seconds"]}, event["time"])
-        self._tag(self._parent, {"ropewalk.status": event["status"]})
-        status = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}[event["status"]]
-        self.client.set_terminated(self._parent, status, end_time=milliseconds(event["time"]))
-
-    def _close_running(self, seconds: float, why: str) -> None:
-        for step in sorted(self._running):
-            if step in self.ids.children:
-                self._tag(self.ids.children[step], {"ropewalk.status": "killed", "ropewalk.ended": why})
-                self._terminate(step, "KILLED", seconds)
 
     def _output(self, child: str, event: Event) -> None:
         """Link what the step made; a report is shown on the parent too."""
         step, output = event["step"], event["output"]
         self._tag(child, {"ropewalk.output_digest": output["digest"], "ropewalk.output_uri": output["uri"]})
-        self._lineage.link_output(child, step, output, at_step=self._last_metric_step[step])
-        if self._lineage.facts(output["uri"]).get("kind") == "report":
-            self._upload(self._parent, output["uri"], prefix=f"{step}/")
+        self._lineage.link_output(child, step, output, at_step=self.state.last_metric_step[step])
+        if self._artifacts.facts(output["uri"]).get("kind") == "report":
+            self._upload(self._parent, event, prefix=f"{step}/")
 
-    def _upload(self, run: str, uri: str, prefix: str = "") -> None:
-        files, left_out = small_files(uri)
-        for path, folder in files:
-            self.client.log_artifact(run, str(path), (prefix + folder).rstrip("/") or None)
+    def _upload(self, run: str, event: Event, prefix: str = "") -> None:
+        with self._artifacts.small_files(event["output"]["uri"]) as (files, left_out):
+            for path, folder in files:
+                target = (prefix + folder).rstrip("/") or None
+                self._files(event, lambda path=path, target=target: self.client.log_artifact(run, str(path), target))
         if left_out:
             self._tag(run, {"ropewalk.files_left_out": left_out})
+
+    def _log_file(self, run: str, event: Event) -> None:
+        text = self._artifacts.log(self.run_id, event["step"], event["attempt"])
+        if text:
+            self._files(event, lambda: self.client.log_text(run, text, f"logs/{event['attempt']}.txt"))
+
+    def _files(self, event: Event, send: Callable[[], None]) -> None:
+        """Send files of an event, later if their storage does not take them: numbers must not wait for it.
+
+        Clients may send to S3 and the like without the server, and what the library of a storage raises is of any
+        type: for wrong credentials, for a bucket that is gone, for the library itself not being installed.
+        """
+        if event["seq"] in self.ids.unsent_files:
+            return
+        try:
+            send()
+        except Exception as error:  # noqa: BLE001 - see above
+            self.ids.unsent_files.append(event["seq"])
+            self.ids.trouble = scrub_text(f"its artifact storage takes no files: {type(error).__name__}: {error}")[:300]
 
     def _numbers(self, run: str, values: Mapping[str, float], seconds: float) -> None:
         event = {"metrics": values, "time": seconds, "metric_step": 0}
@@ -310,6 +352,7 @@ def _metrics_of(event: Event, prefix: str = "", **attached: str) -> list[Any]:
     return metrics
 
 
-def _child_name(run: Any) -> str:
+def _name(run: Any) -> str:
+    """What a run is called in `Ids.children`; "" for a parent."""
     about = run.data.tags.get("ropewalk.about")
-    return run.data.tags["ropewalk.step"] + (f"/{about}" if about else "")
+    return run.data.tags.get("ropewalk.step", "") + (f"/{about}" if about else "")

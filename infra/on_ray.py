@@ -1,142 +1,128 @@
-"""Runs steps as Ray tasks, and gives stages a context whose `map` and `gang` are Ray tasks and Ray Train workers."""
+"""Runs steps as Ray tasks, on this machine or on a cluster."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 import os
+import signal
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from ropewalk.infra.step import Pipeline, Resources, UserError
-from ropewalk.infra.task import Outcome, Report, Task, importable, output_to, run_task
+from ropewalk.infra.failures import classify
+from ropewalk.infra.lease import grace_seconds
+from ropewalk.infra.ray_bus import Channel, EventBus, Inbox, Message, Orders, attempt_of, put_on
+from ropewalk.infra.ray_context import RayContext, Shipped, remote
+from ropewalk.infra.ray_resources import mark_preemption, ray_options, require_room
+from ropewalk.infra.step import Step
+from ropewalk.infra.task import Outcome, Task, run_logged
 
-CANCEL_CHECK_SECONDS = 1.0
-CANCEL_GRACE_SECONDS = 20.0
+BUS_PATIENCE_SECONDS = 10.0
 
-
-@dataclass(frozen=True)
-class Shipped:
-    """Objects on their way to another process, unpacked there only after their modules can be imported."""
-
-    import_paths: tuple[str, ...]
-    payload: bytes
-
-    @staticmethod
-    def pack(import_paths: tuple[str, ...], *objects: Any) -> Shipped:
-        """Pack objects whose classes and functions may live in the folders `import_paths`."""
-        # Ray's own: it also pickles functions and classes that no other process can import.
-        from ray.cloudpickle.cloudpickle import dumps
-
-        return Shipped(import_paths, dumps(objects))
-
-    def unpack(self) -> Any:
-        """The objects, in order."""
-        import pickle
-
-        with importable(self.import_paths):
-            return pickle.loads(self.payload)
+OnReport = Callable[[str, dict[str, Any]], None]
 
 
-class EventBus:
-    """Carries what steps report to the driver, and the driver's wish to stop to the steps. A Ray actor."""
+@dataclass
+class _Running:
+    """A task that Ray has."""
 
-    def __init__(self) -> None:
-        self._events: deque[tuple[str, dict[str, Any]]] = deque()
-        self._results: dict[tuple[str, int], Any] = {}
-        self._cancelled = False
-
-    def put(self, step: str, event: dict[str, Any]) -> None:
-        """Add an event of a step."""
-        self._events.append((step, event))
-
-    def take(self) -> list[tuple[str, dict[str, Any]]]:
-        """All events since the last call, in order."""
-        taken, self._events = list(self._events), deque()
-        return taken
-
-    def put_result(self, gang: str, rank: int, result: Any) -> None:
-        """Keep what a rank of a gang returned."""
-        self._results[gang, rank] = result
-
-    def take_results(self, gang: str, num_workers: int) -> list[Any]:
-        """What the ranks of a gang returned, by rank."""
-        return [self._results.pop((gang, rank)) for rank in range(num_workers)]
-
-    def cancel(self) -> None:
-        """Ask all steps to stop."""
-        self._cancelled = True
-
-    def cancelled(self) -> bool:
-        """Whether steps are asked to stop."""
-        return self._cancelled
+    task: Task
+    node: str | None = None
+    """Ray's id of the node that it runs on, once it does."""
+    kill_at: float | None = None
+    """When it is killed, if it was asked to stop and has not."""
+    killed: bool = False
 
 
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handling of SIGTERM, which Ray replaces by an exit on the spot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@dataclass
 class RayExecutor:
-    """An executor on a Ray cluster: this machine (`address=None`) or a running one."""
+    """An executor on a Ray cluster: this machine (`address=None`) or a running one.
 
-    def __init__(self, pipeline: Pipeline, address: str | None = None) -> None:
-        self._pipeline = pipeline
-        self._address = address
-        self._running: dict[Any, Task] = {}
-        self._cancel_deadline: float | None = None
+    `steps` are those that may run: `start` refuses what the cluster cannot hold, `wait_seconds` later.
+    """
+
+    steps: Iterable[Step]
+    address: str | None = None
+    wait_seconds: float = 0.0
+    _running: dict[Any, _Running] = field(default_factory=dict)
+    _ended: set[str] = field(default_factory=set)
+    """Attempts that ended without saying so: parts of them may still be at work somewhere."""
+    _inbox: Inbox = field(default_factory=Inbox)
 
     def start(self) -> dict[str, Any]:
         """Connect to the cluster, or start one in this process; returns its dashboard's address."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        if self._address is None:
+        here: dict[str, Any] = {"address": self.address}
+        if self.address is None:
             # Never a cluster that happens to be around. The pipeline fixes how many processes a gang has, so a
             # machine with fewer cores runs them on shared cores instead of waiting for ever.
-            context = ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, 2),
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        else:
-            context = ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
-        self._check_feasible(ray.cluster_resources())
-        self._bus: Any = _remote(EventBus, {"num_cpus": 0}).remote()
+            here = {"address": "local", "num_cpus": max(os.cpu_count() or 1, 2)}
+            here |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        with _own_sigterm():
+            context = ray.init(**here, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            self._check_room()
+        except BaseException:
+            self.stop()
+            raise
+        beside_driver = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": beside_driver}
+        self._bus: Any = remote(EventBus, options).remote()
         url = getattr(context, "dashboard_url", None)
         return {"dashboard_url": f"http://{url}" if url else None, "pid": os.getpid()}
 
+    def _check_room(self) -> None:
+        for step in self.steps:
+            require_room(f"step {step.name}", step.resources, 1, self.wait_seconds)
+            gang_size = getattr(step.stage, "gang_size", lambda config: 1)(step.config)
+            require_room(f"step {step.name}", step.worker_resources, gang_size, self.wait_seconds)
+
     def submit(self, task: Task) -> None:
         """Start a task as soon as the cluster has room. Ray never retries it behind the engine's back."""
-        options = {"name": task.step, "max_retries": 0, **ray_resources(task.resources)}
-        reference = _remote(_run_in_worker, options).remote(Shipped.pack(task.import_paths, task), self._bus)
-        self._running[reference] = task
+        options = {"name": task.step, "max_retries": 0, **ray_options(task.resources)}
+        shipped = Shipped.pack(task.import_paths, task)
+        reference = remote(_run_in_worker, options).remote(shipped, self._bus, self.wait_seconds)
+        self._running[reference] = _Running(task)
 
-    def poll(self, report: Callable[[str, dict[str, Any]], None]) -> list[Outcome]:
+    def poll(self, report: OnReport) -> list[Outcome]:
         """Wait a moment; pass on events; return the outcomes of tasks that ended."""
         import ray
 
         done, _ = ray.wait(list(self._running), num_returns=1, timeout=0.2) if self._running else ([], [])
-        outcomes = [self._outcome(reference) for reference in done]
-        # Taken after the outcomes, so that all events of a finished step are passed on before its end.
-        for step, event in ray.get(self._bus.take.remote()):
-            report(step, event)
-        if self._cancel_deadline is not None and time.monotonic() > self._cancel_deadline:
-            for reference in self._running:
+        # The results bring what the bus has not delivered, so all events of a step are passed on before its end.
+        outcomes = [self._outcome(reference, report) for reference in done]
+        self._exchange(report)
+        for reference, running in self._running.items():
+            if running.kill_at is not None and time.monotonic() >= running.kill_at and not running.killed:
+                running.killed = True
                 ray.cancel(reference, force=True)
-            self._cancel_deadline = None
         return outcomes
 
-    def cancel(self) -> None:
-        """Ask running steps to save and stop; kill them after a grace period, or at once when asked twice."""
-        import ray
-
-        ray.get(self._bus.cancel.remote())
-        first = self._cancel_deadline is None
-        self._cancel_deadline = time.monotonic() + (CANCEL_GRACE_SECONDS if first else 0)
+    def cancel(self, step: str | None = None, *, now: bool = False) -> None:
+        """Ask a step, or all, to save and stop; they are killed after a grace period, or at once with `now`."""
+        for running in list(self._running.values()):  # A copy: it may be called from another thread.
+            if step in (None, running.task.step):
+                kill_at = time.monotonic() + (0.0 if now else grace_seconds())
+                running.kill_at = min(kill_at, running.kill_at or kill_at)
 
     def stop(self) -> None:
         """Leave the cluster; one that was started here ends."""
@@ -144,207 +130,62 @@ class RayExecutor:
 
         ray.shutdown()
 
-    def _outcome(self, reference: Any) -> Outcome:
+    def _exchange(self, report: OnReport) -> None:
         import ray
         from ray.exceptions import RayError
 
-        task = self._running.pop(reference)
+        attempts = {running.task.attempt: running for running in self._running.values()}
+        stop = {name for name, running in attempts.items() if running.kill_at is not None}
+        orders = Orders(frozenset(stop), frozenset(self._ended))
         try:
-            return ray.get(reference)
+            asked = self._bus.exchange.remote(self._inbox.confirmed, orders)
+            boxes: dict[str, list[Message]] = ray.get(asked, timeout=BUS_PATIENCE_SECONDS)
+        except RayError:
+            return  # The bus is starting anew; what it held is sent again.
+        for sender, messages in boxes.items():
+            running = attempts.get(attempt_of(sender))
+            if running is not None:
+                self._deliver(running, {sender: messages}, report)
+
+    def _deliver(self, running: _Running, messages: Mapping[str, list[Message]], report: OnReport) -> None:
+        for sender, numbered in messages.items():
+            for event in self._inbox.accept(sender, numbered):
+                if event["type"] == "running":
+                    running.node = event["node"]
+                report(running.task.step, event)
+
+    def _outcome(self, reference: Any, report: OnReport) -> Outcome:
+        import ray
+        from ray.exceptions import RayError
+
+        running = self._running.pop(reference)
+        task = running.task
+        try:
+            outcome, kept = ray.get(reference)
         except RayError as error:
-            # The first line says what happened; some have no message at all (a process that was told to stop).
-            message = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-            return Outcome(task.step, task.attempt, 0.0, error=f"its process died: {message}")
-
-    def _check_feasible(self, cluster: Mapping[str, float]) -> None:
-        for step in self._pipeline:
-            for what in (step.resources, step.worker_resources):
-                for name, wanted in (("CPU", what.num_cpus), ("GPU", what.num_gpus)):
-                    if wanted > cluster.get(name, 0):
-                        have = cluster.get(name, 0)
-                        raise UserError(f"step {step.name} needs {wanted:g} {name}; the cluster has {have:g}")
-
-
-def ray_resources(resources: Resources) -> dict[str, Any]:
-    """Resources as Ray's options name them."""
-    options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
-    if resources.memory_gib is not None:
-        options["memory"] = int(resources.memory_gib * 2**30)
-    return options
-
-
-def _remote(function: Any, options: Mapping[str, Any]) -> Any:
-    """A function or class as Ray's, with options."""
-    import ray
-
-    return ray.remote(**options)(function)
-
-
-def _run_in_worker(shipped: Shipped, bus: Any) -> Outcome:
-    (task,) = shipped.unpack()
-    with output_to(task.log_path):
-        return run_task(task, partial(_make_context, bus), lambda event: bus.put.remote(task.step, event))
-
-
-def _make_context(bus: Any, task: Task, work: Path, report: Report) -> RayContext:
-    return RayContext(work, report, bus, task)
-
-
-@dataclass
-class CancelSignal:
-    """Asks the bus whether to stop, at most once a second."""
-
-    bus: Any
-    _next: float = 0.0
-    _state: bool = False
-
-    def __call__(self) -> bool:
-        """Whether the run was cancelled."""
-        import ray
-
-        if not self._state and time.monotonic() >= self._next:
-            self._state = ray.get(self.bus.cancelled.remote())
-            self._next = time.monotonic() + CANCEL_CHECK_SECONDS
-        return self._state
-
-
-class RayContext:
-    """What a stage is given on Ray."""
-
-    def __init__(self, work: Path, report: Report, bus: Any, task: Task) -> None:
-        self.work = work
-        self._report = report
-        self._bus = bus
-        self._task = task
-        self._gangs = itertools.count()
-        self.cancelled = CancelSignal(bus)
-
-    def log(self, metrics: Mapping[str, float], *, step: int | None = None, about: str | None = None) -> None:
-        """Report metrics."""
-        self._report({"type": "metrics", "metrics": dict(metrics), "step": step, "about": about})
-
-    def progress(self, done: int, total: int, unit: str) -> None:
-        """Report progress."""
-        self._report({"type": "progress", "done": done, "total": total, "unit": unit})
-
-    def map(self, function: Callable[..., Any], items: Iterable[Any], *, resources: Any = None) -> Iterator[Any]:
-        """Apply a function to every item as Ray tasks (a class: as actors), results in item order.
-
-        Twice as many items as fit the cluster are under way at most, so memory stays bounded.
-        """
-        import ray
-
-        options = ray_resources(resources or self._task.worker_resources)
-        width = max(1, int(ray.cluster_resources().get("CPU", 1) // max(options["num_cpus"], 0.01)))
-        paths = self._task.import_paths
-        if isinstance(function.func if isinstance(function, partial) else function, type):
-            call = _actor_calls(_remote(_MapWorker, options), Shipped.pack(paths, function), width)
+            self._ended.add(task.attempt)
+            # The first sentence says what happened; some have none at all (a process that was told to stop).
+            said = str(error).strip().partition("\n")[0].partition(". ")[0]
+            message = ": ".join(filter(None, [type(error).__name__, said]))
+            kind = "cancelled" if running.kill_at is not None else classify(mark_preemption(error, running.node))
+            outcome = Outcome(task.step, task.attempt, 0.0, error=f"its process died: {message}", kind=kind)
         else:
-            remote = _remote(_map_one, {**options, "max_retries": 0})
-            call = partial(remote.remote, ray.put(Shipped.pack(paths, function)))
-        waiting: deque[Any] = deque()
-        for item in items:
-            waiting.append(call(item))
-            if len(waiting) >= 2 * width:
-                yield ray.get(waiting.popleft())
-        while waiting:
-            yield ray.get(waiting.popleft())
-
-    def gang(
-        self, function: Callable[[Any, Any], Any], config: Any, *, num_workers: int, resources: Any = None
-    ) -> list[Any]:
-        """Run `function(config, worker)` on `num_workers` Ray Train workers; results by rank."""
-        import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        wanted: Resources = resources or self._task.worker_resources
-        name = f"{self._task.attempt}-{next(self._gangs)}"
-        use_gpu = wanted.num_gpus > 0
-        trainer = TorchTrainer(
-            _train_loop,
-            train_loop_config={
-                "shipped": Shipped.pack(self._task.import_paths, function, config, self._task),
-                "bus": self._bus,
-                "gang": name,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=num_workers,
-                use_gpu=use_gpu,
-                resources_per_worker={"CPU": wanted.num_cpus, **({"GPU": wanted.num_gpus} if use_gpu else {})},
-            ),
-            # Stages keep checkpoints of their own in `work`; Ray Train's retries are off so that the engine counts.
-            run_config=RunConfig(
-                name=name,
-                storage_path=str(self.work / "ray_train"),
-                failure_config=FailureConfig(max_failures=0),
-            ),
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        )
-        trainer.fit()
-        return ray.get(self._bus.take_results.remote(name, num_workers))
+            self._deliver(running, kept, report)
+        self._inbox.forget(task.attempt)
+        return outcome
 
 
-class RayWorker:
-    """A rank of a gang on Ray Train."""
-
-    def __init__(self, rank: int, world_size: int, bus: Any, step: str) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self._bus = bus
-        self._step = step
-        self.cancelled = CancelSignal(bus)
-
-    def log(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
-        """Report metrics; only rank 0's are kept."""
-        if self.rank == 0:
-            event = {"type": "metrics", "metrics": dict(metrics), "step": step, "about": None}
-            self._bus.put.remote(self._step, event)
-
-    def progress(self, done: int, total: int, unit: str) -> None:
-        """Report progress; only rank 0's is shown."""
-        if self.rank == 0:
-            self._bus.put.remote(self._step, {"type": "progress", "done": done, "total": total, "unit": unit})
-
-
-def _train_loop(settings: dict[str, Any]) -> None:
+def _run_in_worker(shipped: Shipped, bus: Any, wait_seconds: float) -> tuple[Outcome, dict[str, list[Message]]]:
     import ray
-    from ray import train
 
-    function, config, task = settings["shipped"].unpack()
-    rank, world_size = train.get_context().get_world_rank(), train.get_context().get_world_size()
-    worker = RayWorker(rank, world_size, settings["bus"], task.step)
-    with output_to(str(Path(task.log_path).with_suffix(f".rank{rank}.log"))):
-        result = function(config, worker)
-    ray.get(settings["bus"].put_result.remote(settings["gang"], rank, result))
-
-
-def _map_one(shipped: Shipped, item: Any) -> Any:
-    (function,) = shipped.unpack()
-    return function(item)
-
-
-class _MapWorker:
-    """Builds a class once and calls the instance for every item."""
-
-    def __init__(self, shipped: Shipped) -> None:
-        (build,) = shipped.unpack()
-        self._call = build()
-
-    def call(self, item: Any) -> Any:
-        """Apply the instance to one item."""
-        return self._call(item)
-
-
-def _actor_calls(actor: Any, shipped: Shipped, width: int) -> Callable[[Any], Any]:
-    """Hands items round to `width` actors, made when first needed."""
-    actors: list[Any] = []
-    turn = itertools.count()
-
-    def call(item: Any) -> Any:
-        number = next(turn) % width
-        if number == len(actors):
-            actors.append(actor.remote(shipped))
-        return actors[number].call.remote(item)
-
-    return call
+    (task,) = shipped.unpack()
+    channel = Channel(put_on(bus), task.attempt)
+    channel.report({"type": "running", "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
+    outcome = run_logged(
+        task,
+        lambda task, work, report, stop: RayContext(task, work, report, stop, channel, bus, wait_seconds),
+        channel.report,
+        channel.cancelled,
+        lambda: os._exit(1),
+    )
+    return outcome, channel.close()

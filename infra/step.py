@@ -22,7 +22,11 @@ class UserError(Exception):
 
 
 class Stage(Protocol):
-    """What a stage module offers. `run(config, inputs, output, context)` writes the output."""
+    """What a stage module offers. `run(config, inputs, output, context)` writes the output.
+
+    It may also offer `check(config, output)`, which raises ValueError if the folder `output` does not hold what the
+    stage promises. It is called before the commit.
+    """
 
     NAME: str
     VERSION: int
@@ -40,6 +44,20 @@ class Resources:
     num_cpus: float = 1
     num_gpus: float = 0
     memory_gib: float | None = None
+    custom: Mapping[str, float] = field(default_factory=dict)
+    """Of Ray's custom resources, such as an accelerator type or a zone."""
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often a step is tried again after failures that its input did not cause. Never part of an identity."""
+
+    max_attempts: int = 3
+    """Attempts in all, those that a preempted node ended left out."""
+    max_preemptions: int = 10
+    backoff_seconds: float = 2.0
+    """Before the second attempt; it doubles from then on."""
+    backoff_cap_seconds: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,11 @@ class Step:
     code_policy: CodePolicy = "warn"
     """What follows when the stage's code has changed since its output was made: `warn` says so, `strict` makes the
     code part of the key, `pin` refuses to go on."""
+    retries: Retries = field(default_factory=Retries)
+    timeout_seconds: float | None = None
+    """The longest that an attempt may take. One that takes longer has failed: another would take as long."""
+    stall_seconds: float | None = None
+    """The longest without a report from the stage. An attempt that stalls is stopped and tried again."""
 
     @property
     def upstream(self) -> dict[str, str]:

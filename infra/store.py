@@ -4,99 +4,85 @@
     objects/<key>/attempts/<uuid>/observed/   measurements, in the manifest but not in the digest
     objects/<key>/attempts/<uuid>/manifest.json
     objects/<key>/commits/<000000>.json       created exclusively; the highest valid one wins
+    objects/<key>/withdrawn/<000000>.<by>.json  that commit counts no more: damaged, or removed as garbage
+    objects/<key>/leases/                     who works on the key (lease.py)
+    objects/<key>/tombstones/                 attempts that garbage collection means to remove (gc.py)
     runs/<run id>/                            the append-only record of a run
     work/<key>/                               scratch of a resumable stage, removed after the commit
+    adopted/<name>/                           outside data by name (adopt.py)
     cache/                                    digests of external files; may be deleted at any time
 
-A commit is a hard link of a complete, synced file: it exists wholly or not at all, and the second of two committers
-is refused by the file system. Until then nothing of an attempt is visible to a reader.
+A commit is created exclusively, after all that it names is durable: it exists wholly or not at all, and the second of
+two committers is refused. Until then nothing of an attempt is visible to a reader.
+
+In an object store the same names are objects. Stages read and write files: those lie in a scratch folder of this
+machine with the same layout, from which commits are uploaded and into which outputs are fetched.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ropewalk.infra.external import file_sha256
+from ropewalk.infra.artifact import (
+    Attempt,
+    Commit,
+    StoreError,
+    data_files,
+    describe,
+    make_durable,
+    manifest_text,
+    num_threads,
+    output_digest,
+    parse_manifest,
+)
 from ropewalk.infra.key import FORMAT_VERSION, canonical_json, sha256_hex
+from ropewalk.infra.objects import LocalObjects, Objects, sync_folder
 from ropewalk.infra.step import UserError
 
+if TYPE_CHECKING:
+    from ropewalk.infra.object_store import ObjectStoreObjects
 
-class StoreError(Exception):
-    """An artifact cannot be read or committed; the message names the file."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One try at a step: a folder of its own that nobody else writes."""
-
-    key: str
-    name: str
-    folder: Path
-
-    @property
-    def data(self) -> Path:
-        """The artifact's files."""
-        return self.folder / "data"
-
-    @property
-    def observed(self) -> Path:
-        """Measurements."""
-        return self.folder / "observed"
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A committed output."""
-
-    key: str
-    number: int
-    attempt: Attempt
-    digest: str
-    record: dict[str, Any]
-
-    @property
-    def uri(self) -> str:
-        """Where the artifact's data lies."""
-        return str(self.attempt.data)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the data."""
-        return sum(entry["size"] for entry in self.record["files"] if entry["path"].startswith("data/"))
-
-    @property
-    def num_files(self) -> int:
-        """Number of files of the data."""
-        return sum(entry["path"].startswith("data/") for entry in self.record["files"])
-
-    @property
-    def output(self) -> dict[str, Any]:
-        """The output as reports and records show it."""
-        return {"uri": self.uri, "digest": self.digest}
+__all__ = ["Attempt", "Commit", "Store", "StoreError", "new_attempt_name"]
+SCHEMES = ("s3", "gs", "az")
 
 
 class Store:
-    """A store under one root folder."""
+    """A store: a local folder, or a prefix of an object store (`s3://bucket/prefix`, `gs://`, `az://`)."""
 
     def __init__(self, uri: str | Path) -> None:
-        text = str(uri)
-        if "://" in text and not text.startswith("file://"):
-            raise UserError(f"--store {text}: this version keeps its store in a local folder")
-        self.root = Path(text.removeprefix("file://")).expanduser().absolute()
+        text = str(uri).removeprefix("file://")
+        scheme = text.partition("://")[0] if "://" in text else None
+        self._remote: ObjectStoreObjects | None = None
+        if scheme is None:
+            self.root = Path(text).expanduser().absolute()
+            self.objects: Objects = LocalObjects(self.root)
+        elif scheme in SCHEMES:
+            from ropewalk.infra.object_store import open_objects, scratch_folder
+
+            remote = open_objects(text)
+            self.objects = self._remote = remote
+            self.root = scratch_folder(remote.uri)
+        else:
+            raise UserError(f"--store {text}: a store is a local folder, or begins with s3://, gs:// or az://")
 
     @property
     def uri(self) -> str:
-        """The root as a text."""
-        return str(self.root)
+        """The root as a text; it never holds a secret."""
+        return self.objects.uri
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files of the store are files of this machine."""
+        return self._remote is None
 
     @property
     def external_cache(self) -> Path:
@@ -104,7 +90,7 @@ class Store:
         return self.root / "cache" / "externals.json"
 
     def work(self, key: str) -> Path:
-        """The scratch folder of a key, made if need be."""
+        """The scratch folder of a key on this machine, made if need be."""
         folder = self.root / "work" / key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -112,191 +98,281 @@ class Store:
     def drop_work(self, key: str) -> None:
         """Remove the scratch folder of a key, after its commit."""
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)
+        if not self.is_local:
+            self.objects.remove(f"work/{key}")
 
     def begin(self, key: str, name: str) -> Attempt:
         """Make the folders of a new attempt; its name comes from `new_attempt_name`."""
-        attempt = Attempt(key, name, self.root / "objects" / key / "attempts" / name)
+        attempt = self._attempt(key, name)
         attempt.data.mkdir(parents=True)
         attempt.observed.mkdir()
         return attempt
 
-    def commit(self, attempt: Attempt, record: Mapping[str, Any], *, force: bool = False) -> Commit:
-        """Write the manifest and create the commit; the first committer of a key wins.
+    def drop_attempt(self, key: str, name: str) -> None:
+        """Remove the files of an attempt that no commit names."""
+        shutil.rmtree(self._attempt(key, name).folder, ignore_errors=True)
+        if not self.is_local:
+            self.objects.remove(f"objects/{key}/attempts/{name}")
 
-        Returns the winning commit: ours, or the one that somebody else made meanwhile (our attempt is then removed).
-        With `force`, a commit with the next free number is added. Raises StoreError for an output that cannot be
-        committed (a symbolic link, nothing written).
+    def next_number(self, key: str) -> int:
+        """The number after the highest that a commit of the key has or had."""
+        folders = (f"objects/{key}/commits", f"objects/{key}/withdrawn")
+        return max((number for folder in folders for number in self._numbers(folder)), default=-1) + 1
+
+    def commit(self, attempt: Attempt, record: Mapping[str, Any], *, number: int) -> Commit:
+        """Write the manifest and create the commit of this number; the first committer of a number wins.
+
+        Returns the winning commit: ours, or the latest one if somebody else was first (our attempt is then removed).
+        Raises StoreError for an output that cannot be committed (a symbolic link, nothing written).
         """
-        files = _describe(attempt.folder)
-        if not any(entry["path"].startswith("data/") for entry in files):
+        folder = f"objects/{attempt.key}/attempts/{attempt.name}"
+        files = describe(attempt.folder)
+        if not data_files(files):
             raise StoreError(f"attempt {attempt.name}: the stage wrote nothing to its output folder")
-        manifest = canonical_json({"format": FORMAT_VERSION, "key": attempt.key, "files": files})
-        _write_synced(attempt.folder / "manifest.json", manifest + "\n")
+        if self.is_local:
+            make_durable(attempt.folder, files)
+        else:
+            self.objects.upload({f"{folder}/{entry['path']}": attempt.folder / entry["path"] for entry in files})
+        manifest = manifest_text(attempt.key, files)
+        self.objects.write(f"{folder}/manifest.json", manifest.encode())
+        if self.is_local:
+            for made in (attempt.folder, *attempt.folder.parents[:3]):
+                sync_folder(made)
         document = {
             "format": FORMAT_VERSION,
             "key": attempt.key,
             "attempt": attempt.name,
-            "manifest_sha256": sha256_hex(manifest + "\n"),
+            "manifest_sha256": sha256_hex(manifest),
             "output_digest": output_digest(files),
             "committed_at": time.time(),
             **record,
         }
-        return self._create_commit(attempt, document, files, force)
+        content = (canonical_json(document) + "\n").encode()
+        if not self.objects.create(f"objects/{attempt.key}/commits/{number:06d}.json", content):
+            return self._winner(attempt, number)
+        return self._commit(number, attempt, document, files)
 
     def latest(self, key: str) -> tuple[Commit | None, list[str]]:
         """The highest valid commit of a key, and what is wrong with the ones above it.
 
-        Valid means: the record and the manifest can be read and belong together, and every file is there with its
-        size. `verify` also compares contents.
+        Valid means: not withdrawn, the record and the manifest can be read and belong together, and every file is
+        there with its size. `problems` also compares contents.
         """
-        problems: list[str] = []
-        for path in sorted((self.root / "objects" / key / "commits").glob("*.json"), reverse=True):
-            try:
-                commit = self._read_commit(key, path)
-            except StoreError as error:
-                problems.append(str(error))
+        found: list[str] = []
+        numbers = self._numbers(f"objects/{key}/commits")
+        withdrawn = self._numbers(f"objects/{key}/withdrawn") if numbers else []
+        for number in reversed(numbers):
+            if number in withdrawn:
+                found.append(self._why_withdrawn(key, number))
                 continue
-            missing = quick_problems(commit)
-            if not missing:
-                return commit, problems
-            problems += missing
-        return None, problems
+            try:
+                commit = self.read_commit(key, number)
+            except StoreError as error:
+                found.append(str(error))
+                continue
+            problems = self.problems(commit)
+            if not problems:
+                return commit, found
+            found += problems
+        return None, found
+
+    def known_keys(self) -> list[str]:
+        """All keys that have a commit, an attempt or a lease."""
+        return self.objects.names("objects")
 
     def commits(self) -> list[Commit]:
         """The valid commit of every key."""
-        found = [self.latest(path.name)[0] for path in sorted((self.root / "objects").glob("*"))]
+        found = [self.latest(key)[0] for key in self.known_keys()]
         return [commit for commit in found if commit is not None]
 
-    def _create_commit(self, attempt: Attempt, document: dict[str, Any], files: list, force: bool) -> Commit:
-        folder = self.root / "objects" / attempt.key / "commits"
-        folder.mkdir(exist_ok=True)
-        number = 0
-        while True:
-            temporary = attempt.folder / f"commit.{number}"
-            _write_synced(temporary, canonical_json(document) + "\n")
-            try:
-                os.link(temporary, folder / f"{number:06d}.json")
-            except FileExistsError:
-                winner, _ = self.latest(attempt.key)
-                if winner is not None and not force:
-                    shutil.rmtree(attempt.folder, ignore_errors=True)
-                    return winner
-                number = max(number, *(int(path.stem) for path in folder.glob("*.json"))) + 1
-                continue
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(folder)
-            return Commit(attempt.key, number, attempt, document["output_digest"], {**document, "files": files})
+    def numbers(self, key: str) -> list[int]:
+        """The numbers of all commits of a key, valid or not."""
+        return self._numbers(f"objects/{key}/commits")
 
-    def _read_commit(self, key: str, path: Path) -> Commit:
-        document = _read_json(path)
+    def problems(self, commit: Commit, *, deep: bool = False) -> list[str]:
+        """Files of a commit that are gone or have another size; with `deep`, also those whose content has changed."""
+        folder = f"objects/{commit.key}/attempts/{commit.attempt.name}"
+        sizes = self.objects.sizes(folder)
+        problems, sound = [], []
+        for entry in commit.record["files"]:
+            path, size = entry["path"], sizes.get(entry["path"])
+            if size is None:
+                problems.append(f"{self.uri}/{folder}/{path}: gone")
+            elif size != entry["size"]:
+                problems.append(f"{self.uri}/{folder}/{path}: has {size} bytes, was committed with {entry['size']}")
+            else:
+                sound.append(entry)
+        return problems + (self._changed(folder, sound) if deep else [])
+
+    def withdraw(self, key: str, number: int, by: str, reason: str) -> None:
+        """Make a commit count no more, so that the next run makes the output again; its number is not used again.
+
+        It counts again once all who withdrew it have called `reinstate`.
+        """
+        content = json.dumps({"reason": reason, "at": time.time()}).encode()
+        self.objects.write(f"objects/{key}/withdrawn/{number:06d}.{by}.json", content)
+
+    def is_withdrawn(self, key: str, number: int) -> bool:
+        """Whether somebody has made this commit count no more."""
+        return number in self._numbers(f"objects/{key}/withdrawn")
+
+    def reinstate(self, key: str, number: int, by: str) -> None:
+        """Take back a withdrawal."""
+        self.objects.remove(f"objects/{key}/withdrawn/{number:06d}.{by}.json")
+
+    def keep(self, commit: Commit) -> bool:
+        """Rely on a commit, after the use was recorded: lifts the tombstone. False if it is being removed already."""
+        self.objects.remove(f"objects/{commit.key}/tombstones/{commit.attempt.name}.json")
+        return not self.is_withdrawn(commit.key, commit.number)
+
+    def pull_runs(self, *, at_once: bool = False) -> None:
+        """Bring the records of all runs to this machine if they are elsewhere, or were not brought just now.
+
+        Raises OSError.
+        """
+        if not self.is_local:
+            from ropewalk.infra.run_mirror import pull_runs
+
+            pull_runs(self, at_once=at_once)
+
+    def fetch(self, uri: str) -> Path:
+        """The local folder of a committed output's data, given its URI; it is downloaded if that is needed.
+
+        What is there is right: a download is verified and put in place whole, and of a local store every file that
+        was touched since its commit is compared with it. Raises StoreError.
+        """
+        match = re.fullmatch(r"(.+)/objects/([^/]+)/attempts/([^/]+)/data", uri)
+        if not match or match[1] != self.uri:
+            from ropewalk.infra.external import fetch_external
+
+            return Path(uri) if "://" not in uri else fetch_external(self, uri)
+        commit = self._commit_of(match[2], match[3], uri)
+        folder = f"objects/{commit.key}/attempts/{commit.attempt.name}"
+        entries = data_files(commit.record["files"])
+        if self._remote is None:
+            self._check_touched(commit, folder, entries)
+        else:
+            self.download(folder, entries)
+        return commit.attempt.data
+
+    def download(self, folder: str, entries: list[dict[str, Any]]) -> Path:
+        """Bring files of a folder, given by path, size and sha256, from an object store to the folder's local path."""
+        if self._remote is not None:
+            files = [(f"{folder}/{e['path']}", self.root / folder / e["path"], e["size"], e["sha256"]) for e in entries]
+            self._remote.download(files)
+        return self.root / folder
+
+    def _check_touched(self, commit: Commit, folder: str, entries: list[dict[str, Any]]) -> None:
+        problems = self.problems(commit)
+        if not problems:
+            # The time of the last change to an inode cannot be set back as its mtime can.
+            at = commit.record["committed_at"]
+            touched = [entry for entry in entries if (self.root / folder / entry["path"]).stat().st_ctime > at]
+            problems = self._changed(folder, touched)
+        if problems:
+            raise StoreError(f"{problems[0]}; `ropewalk verify --repair` lets the next run make it again")
+
+    def read_commit(self, key: str, number: int) -> Commit:
+        """A commit by its number, whether its files are sound or not. Raises StoreError if it cannot be read."""
+        name = f"objects/{key}/commits/{number:06d}.json"
+        document = self._read_json(name)
         if document.get("format") != FORMAT_VERSION or document.get("key") != key:
-            raise StoreError(f"{path}: not a commit of format {FORMAT_VERSION} for this key")
-        name = str(document.get("attempt"))
-        if not name.isalnum():
-            raise StoreError(f"{path}: attempt name {name!r} is not allowed")
-        attempt = Attempt(key, name, self.root / "objects" / key / "attempts" / name)
-        manifest_path = attempt.folder / "manifest.json"
+            raise StoreError(f"{self.uri}/{name}: not a commit of format {FORMAT_VERSION} for this key")
+        attempt_name = str(document.get("attempt"))
+        if not attempt_name.isalnum():
+            raise StoreError(f"{self.uri}/{name}: attempt name {attempt_name!r} is not allowed")
+        files = self._read_manifest(key, attempt_name, document.get("manifest_sha256"))
+        return self._commit(number, self._attempt(key, attempt_name), document, files)
+
+    def _attempt(self, key: str, name: str) -> Attempt:
+        return Attempt(key, name, self.root / "objects" / key / "attempts" / name)
+
+    def _commit(self, number: int, attempt: Attempt, document: dict[str, Any], files: list[dict[str, Any]]) -> Commit:
+        uri = f"{self.uri}/objects/{attempt.key}/attempts/{attempt.name}/data"
+        record = {**document, "files": files}
+        return Commit(attempt.key, number, attempt, document["output_digest"], record, uri)
+
+    def _winner(self, attempt: Attempt, number: int) -> Commit:
+        """The commit to use instead of an attempt that came second; the attempt is removed."""
+        winner, problems = self.latest(attempt.key)
+        if winner is None or winner.number < number:
+            why = problems[0] if problems else "it is gone"
+            raise StoreError(f"commit {number} of this key was made by somebody else and is not valid: {why}")
+        self.drop_attempt(attempt.key, attempt.name)
+        return winner
+
+    def _commit_of(self, key: str, attempt: str, uri: str) -> Commit:
+        problem = f"{uri}: is not the data of a committed output"
+        for number in reversed(self.numbers(key)):
+            try:
+                commit = self.read_commit(key, number)
+            except StoreError as error:
+                problem = str(error)
+                continue
+            if commit.attempt.name == attempt:
+                return commit
+        raise StoreError(problem)
+
+    def _numbers(self, folder: str) -> list[int]:
+        names = self.objects.names(folder)
+        return [int(match[1]) for name in names if (match := re.fullmatch(r"(\d+)(\.\w+)?\.json", name))]
+
+    def _why_withdrawn(self, key: str, number: int) -> str:
+        names = self.objects.names(f"objects/{key}/withdrawn")
         try:
-            text = manifest_path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise StoreError(f"{manifest_path}: {error}") from None
-        if sha256_hex(text) != document.get("manifest_sha256"):
-            raise StoreError(f"{manifest_path}: changed since it was committed")
-        files = json.loads(text)["files"]
-        for entry in files:
-            _confined(entry["path"], manifest_path)
-        return Commit(key, int(path.stem), attempt, document["output_digest"], {**document, "files": files})
+            name = next(name for name in names if name.startswith(f"{number:06d}."))
+            return str(self._read_json(f"objects/{key}/withdrawn/{name}")["reason"])
+        except (StopIteration, StoreError, KeyError):
+            return f"commit {number} of {key} was withdrawn"
+
+    def _read_manifest(self, key: str, attempt: str, digest: Any) -> list[dict[str, Any]]:
+        name = f"objects/{key}/attempts/{attempt}/manifest.json"
+        content = self._read_cached(name, digest)
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise StoreError(f"{self.uri}/{name}: changed since it was committed")
+        return parse_manifest(content, f"{self.uri}/{name}")
+
+    def _read_cached(self, name: str, digest: Any) -> bytes:
+        """An object that never changes; from an object store it is kept on this machine."""
+        if self.is_local:
+            return self._read(name)
+        local = LocalObjects(self.root)
+        try:
+            content = local.read(name)
+            if hashlib.sha256(content).hexdigest() == digest:
+                return content
+        except OSError:
+            pass
+        content = self._read(name)
+        local.write(name, content)
+        return content
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self.objects.read(name)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise StoreError(f"{self.uri}/{name}: cannot be read: {error}") from None
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            document = json.loads(self._read(name))
+        except ValueError as error:
+            raise StoreError(f"{self.uri}/{name}: cannot be read: {error}") from None
+        if not isinstance(document, dict):
+            raise StoreError(f"{self.uri}/{name}: not a JSON object")
+        return document
+
+    def _changed(self, folder: str, entries: list[dict[str, Any]]) -> list[str]:
+        """The files whose content is not what was committed."""
+        with ThreadPoolExecutor(max_workers=num_threads()) as pool:
+            digests = pool.map(lambda entry: self.objects.sha256(f"{folder}/{entry['path']}"), entries)
+            return [
+                f"{self.uri}/{folder}/{entry['path']}: content changed since it was committed"
+                for entry, digest in zip(entries, digests, strict=True)
+                if digest != entry["sha256"]
+            ]
 
 
 def new_attempt_name() -> str:
     """A name that no other attempt has."""
     return uuid.uuid4().hex
-
-
-def output_digest(files: list[dict[str, Any]]) -> str:
-    """sha256 of the canonical JSON of the sorted [path, size, sha256] of `data/`, paths relative to it."""
-    data = [entry for entry in files if entry["path"].startswith("data/")]
-    return sha256_hex(canonical_json(sorted([e["path"].removeprefix("data/"), e["size"], e["sha256"]] for e in data)))
-
-
-def quick_problems(commit: Commit) -> list[str]:
-    """Files of a committed attempt that are gone or have another size."""
-    problems = []
-    for entry in commit.record["files"]:
-        path = commit.attempt.folder / entry["path"]
-        try:
-            size = path.stat().st_size
-        except OSError:
-            problems.append(f"{path}: gone")
-            continue
-        if size != entry["size"]:
-            problems.append(f"{path}: has {size} bytes, was committed with {entry['size']}")
-    return problems
-
-
-def deep_problems(commit: Commit) -> list[str]:
-    """As `quick_problems`, and files whose content has changed."""
-    problems = quick_problems(commit)
-    if not problems:
-        for entry in commit.record["files"]:
-            path = commit.attempt.folder / entry["path"]
-            if file_sha256(path) != entry["sha256"]:
-                problems.append(f"{path}: content changed since it was committed")
-    return problems
-
-
-def _describe(folder: Path) -> list[dict[str, Any]]:
-    paths = []
-    for part in ("data", "observed"):
-        for path in sorted((folder / part).rglob("*")):
-            if path.is_symlink():
-                raise StoreError(f"{path}: symbolic links cannot be committed")
-            if path.is_file():
-                paths.append(path)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_digest_synced, paths))
-    for parent in {path.parent for path in paths}:
-        _sync_folder(parent)
-    return [
-        {"path": path.relative_to(folder).as_posix(), "size": size, "sha256": digest}
-        for path, (size, digest) in zip(paths, digests, strict=True)
-    ]
-
-
-def _digest_synced(path: Path) -> tuple[int, str]:
-    digest = file_sha256(path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size, digest
-
-
-def _confined(relative: str, manifest: Path) -> None:
-    path = PurePosixPath(relative)
-    if path.is_absolute() or ".." in path.parts or path.parts[:1] not in (("data",), ("observed",)):
-        raise StoreError(f"{manifest}: path {relative!r} leaves the attempt's folder")
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(document, dict):
-        raise StoreError(f"{path}: not a JSON object")
-    return document

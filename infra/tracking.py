@@ -1,62 +1,59 @@
-"""Brings a run's record to MLflow, while it grows or afterwards.
+"""Brings runs' records to MLflow, while they grow or afterwards.
 
 The record in the store is the truth and MLflow a view of it, so nothing here may stop or slow a run: a child process
 tails `runs/<run id>/events.jsonl` and alone talks to MLflow. It survives MLflow being down (it tries again, the events
 stay where they are), its own death and the death of the run's driver; `sync` brings MLflow up to date from whatever
-point it has reached, kept in `runs/<run id>/mlflow.json`. Doing anything twice changes nothing.
+point it has reached. Doing anything twice changes nothing.
 
-Importing this module does not import MLflow. The engine starts the child with `start` and reads `mlflow_run_id`.
+A run in which no step runs starts no child: the next child, `sync_all` or the UI brings it to MLflow, as they do with
+runs that an outage or a crash has left behind.
+
+Importing this module does not import MLflow. The engine starts the child with `start` and waits with `wait`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections import deque
-from dataclasses import asdict
-from itertools import islice, takewhile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from ropewalk.infra.event_tail import EventTail
-from ropewalk.infra.mlflow_database import default_tracking_uri, locked, open_client, set_environment
-from ropewalk.infra.mlflow_lineage import Ids
-from ropewalk.infra.record import is_alive, process_start
-from ropewalk.infra.scrub import scrub_text
+from ropewalk.infra.mlflow_database import default_tracking_uri, locked, set_environment
+from ropewalk.infra.mlflow_ids import ids_path, read_ids
+from ropewalk.infra.record import read_run, run_ids
 from ropewalk.infra.step import UserError
+from ropewalk.infra.store import Store
 
 if TYPE_CHECKING:
-    from ropewalk.infra.mlflow_view import View
+    from ropewalk.infra.tracker import Tracker
 
-POLL_SECONDS = 0.3
-FIRST_BACKOFF_SECONDS = 1.0
-MAX_BACKOFF_SECONDS = 15.0
-PATIENCE_SECONDS = 20.0
-"""How long MLflow is waited for once the run has ended."""
-MAX_METRIC_EVENTS = 1000
-DRIVER_GONE = "the process that ran it ended without a word"
+OLDER_SECONDS = 60.0
+"""How long a child goes on with older runs once its own has ended."""
+NICENESS = 10
+"""The child shares the machine with training, which goes first."""
+LOOK_SECONDS = 0.1
 
 
-class TrackingError(UserError):
-    """MLflow could not be brought up to date. The run and its record are not affected."""
-
-
-def start(store_root: Path, run_id: str) -> subprocess.Popen[bytes]:
-    """Start the child process that follows a run of this process. It ends by itself soon after the run does.
+def start(store: Store, run_id: str | None) -> subprocess.Popen[bytes]:
+    """Start the child process that follows a run; it ends soon after the run does. Without a run: bring all to MLflow.
 
     Ctrl-C in the terminal does not reach it, so that it can still write how the run ended.
     """
-    folder = store_root / "runs" / run_id / "logs"
+    command = [sys.executable, "-m", "ropewalk.infra.tracking", store.uri]
+    folder = store.root
+    if run_id is not None:
+        command += [run_id, "--follow"]
+        folder = store.root / "runs" / run_id / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ropewalk.infra.tracking", str(store_root), run_id]
     with (folder / "tracking.log").open("ab") as log:
         return subprocess.Popen(
-            [*command, "--follow", "--parent-pid", str(os.getpid())],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -65,224 +62,144 @@ def start(store_root: Path, run_id: str) -> subprocess.Popen[bytes]:
         )
 
 
-def mlflow_run_id(store_root: Path, run_id: str) -> str | None:
+def wait(child: subprocess.Popen[bytes], store: Store, run_id: str, seconds: float) -> str | None:
+    """Wait until MLflow has all of a run that has ended; None if it has, else why not, without waiting for an outage.
+
+    The child goes on by itself.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended = child.poll() is not None
+        ids = read_ids(ids_path(store.root, run_id))
+        if ids.is_complete:
+            return None
+        if ids.trouble or ended:
+            return ids.trouble or f"the tracking process ended (log: {store.root}/runs/{run_id}/logs/tracking.log)"
+        time.sleep(LOOK_SECONDS)
+    return "it is still being written in the background"
+
+
+def mlflow_run_id(store: Store, run_id: str) -> str | None:
     """The id of the run's parent run in MLflow; None until MLflow has it."""
-    return read_ids(_ids_path(store_root, run_id)).parent_run_id
+    return read_ids(ids_path(store.root, run_id)).parent_run_id
 
 
 def sync(
-    store_root: Path,
+    store: Store,
     run_id: str,
     *,
     follow: bool = False,
-    parent_pid: int | None = None,
     tracking_uri: str | None = None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write to MLflow what it does not have of a run. Waits while another process does so.
+    """Write to MLflow what it does not have of a run.
 
     Args:
-        store_root: The store's folder.
+        store: Where the run is recorded.
         run_id: The run.
-        follow: Go on until the run has finished or the process that runs it is gone.
-        parent_pid: The process that runs it; by default the one that an earlier call was told of.
+        follow: Go on until the run has ended or the process that runs it is gone; bring older runs to MLflow meanwhile.
         tracking_uri: Which MLflow; by default MLFLOW_TRACKING_URI, else the sqlite database in the store.
+        on_wait: Called before waiting for another process that is at it.
 
     Raises:
-        TrackingError: the run is unknown, or MLflow cannot be reached.
-        UserError: the record cannot be read.
+        TrackingError: MLflow cannot be reached.
+        UserError: the run is unknown, or its record cannot be read.
     """
-    folder = store_root / "runs" / run_id
-    if not follow and not (folder / "events.jsonl").is_file():
-        raise TrackingError(f"{folder} has no events.jsonl: there is no run {run_id!r} in this store")
-    folder.mkdir(parents=True, exist_ok=True)
-    # A process that follows the run may hold the lock; when it lets go, little or nothing is left to do.
-    with locked(folder / "mlflow.lock"):
-        tracker = Tracker(store_root, run_id, tracking_uri or default_tracking_uri(store_root), parent_pid)
+    from ropewalk.infra.tracker import Tracker
+
+    uri = tracking_uri or default_tracking_uri(store.root)
+    read_run(store, run_id)
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(locked(_lock(store, run_id), wait=False)):
+            on_wait()
+            stack.enter_context(locked(_lock(store, run_id)))
+        tracker = Tracker(store, run_id, uri)
         if follow:
-            tracker.follow()
+            _follow(tracker, store, uri)
         else:
             tracker.catch_up()
 
 
-class Tracker:
-    """Moves events from a run's record to MLflow. One at a time may work on a run."""
+@dataclass(frozen=True)
+class Synced:
+    """How it went with one run."""
 
-    def __init__(self, store_root: Path, run_id: str, tracking_uri: str, parent_pid: int | None) -> None:
-        self.run_id = run_id
-        self.tracking_uri = tracking_uri
-        self._store_root = store_root
-        self._ids_path = _ids_path(store_root, run_id)
-        self._tail = EventTail(store_root / "runs" / run_id / "events.jsonl")
-        self._pending: deque[dict[str, Any]] = deque()
-        self._view: View | None = None
-        self.ids = read_ids(self._ids_path)
-        if self.ids.tracking_uri != scrub_text(tracking_uri):
-            self.ids = Ids(tracking_uri=scrub_text(tracking_uri), driver=self.ids.driver)
-        if parent_pid is not None:
-            driver = {"host": socket.gethostname(), "pid": parent_pid, "started": process_start(parent_pid)}
-            self.ids.driver = driver
-            self._save(self.ids)
+    run_id: str
+    status: Literal["written", "busy", "failed"]
+    """busy: another process is at it, as while the run goes on."""
+    error: str | None = None
 
-    def catch_up(self) -> None:
-        """Write everything recorded so far. Raises TrackingError if MLflow cannot be reached or refuses."""
-        # Asked before reading: what the driver wrote before it ended is then read.
-        gone = self._driver_gone()
+
+def sync_all(store: Store, tracking_uri: str | None = None, *, leave_out: str = "") -> Iterator[Synced]:
+    """Bring to MLflow what it does not have of all runs, newest first, one a step of this iterator.
+
+    A run that fails is told of, and the next one is tried. Runs that MLflow has are passed over.
+    """
+    uri = tracking_uri or default_tracking_uri(store.root)
+    for run_id in run_ids(store):
+        synced = _sync_older(store, run_id, uri) if run_id != leave_out else None
+        if synced is not None:
+            yield synced
+
+
+def _sync_older(store: Store, run_id: str, uri: str) -> Synced | None:
+    """Bring one run to MLflow; None if MLflow has it."""
+    from ropewalk.infra.tracker import Tracker
+
+    with locked(_lock(store, run_id), wait=False) as is_ours:
         try:
-            self.push()
-            self._close_if_abandoned(gone)
-        except _outages() as error:
-            where = scrub_text(self.tracking_uri)
-            raise TrackingError(f"MLflow at {where} does not take run {self.run_id}: {_brief(error)}") from error
-
-    def follow(self) -> None:
-        """Write events as they come until the run has ended. Raises TrackingError if MLflow stays away for too long."""
-        backoff, deadline = FIRST_BACKOFF_SECONDS, None
-        while True:
-            gone = self._driver_gone()
-            ended = gone or self._tail.has_ended()
-            if ended and deadline is None:
-                backoff, deadline = FIRST_BACKOFF_SECONDS, time.monotonic() + PATIENCE_SECONDS
-            try:
-                self.push()
-                backoff = FIRST_BACKOFF_SECONDS
-                if ended:
-                    self._close_if_abandoned(gone)
-                    return
-                time.sleep(POLL_SECONDS)
-            except _outages() as error:
-                self._close()
-                if deadline is not None and time.monotonic() + backoff > deadline:
-                    raise TrackingError(
-                        f"MLflow has only the first {self.ids.seq} events of run {self.run_id}: {_brief(error)};"
-                        f" `ropewalk sync {self.run_id}` catches up"
-                    ) from error
-                say(f"MLflow: {_brief(error)}; trying again in {backoff:.0f} s")
-                self._wait(backoff, wake_at_end=deadline is None)
-                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
-
-    def push(self) -> None:
-        """Write all that is recorded, saving after each piece how far MLflow has got."""
-        view = self._view or self._open()
-        while view and (events := self._tail.read()):
-            for event in events:
-                view.remember(event)
-            self._pending.extend(event for event in events if event["seq"] >= self.ids.seq)
-            while self._pending:
-                piece = self._next_piece()
-                self._apply(view, piece)
-                self.ids.seq = piece[-1]["seq"] + 1
-                self._save(self.ids)
-                for _ in piece:
-                    self._pending.popleft()
-
-    def _apply(self, view: View, piece: list[dict[str, Any]]) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            view.apply(piece)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            # Trying again would not help, and waiting would keep all later events away from MLflow.
-            for event in piece:
-                say(f"MLflow refused event {event['seq']} ({event['type']}): {_brief(error)}")
-                view.note_refused(event, _brief(error))
-
-    def _next_piece(self) -> list[dict[str, Any]]:
-        if self._pending[0]["type"] != "metrics":
-            return [self._pending[0]]
-        metrics = takewhile(lambda event: event["type"] == "metrics", self._pending)
-        return list(islice(metrics, MAX_METRIC_EVENTS))
-
-    def _open(self) -> View | None:
-        """Connect and find this run in MLflow; None while nothing is recorded."""
-        first = self._tail.first()
-        if first is None:
-            return None
-        from ropewalk.infra.mlflow_view import View
-
-        view = View(open_client(self.tracking_uri), self.ids, self._save, self._store_root, self.run_id)
-        view.remember(first)
-        view.find()
-        self._view = view
-        return view
-
-    def _close(self) -> None:
-        """Forget the connection and begin again with the first event: what MLflow has is looked up anew."""
-        self._view = None
-        self._pending.clear()
-        self._tail.rewind()
-
-    def _close_if_abandoned(self, gone: bool) -> None:
-        last = self._tail.last()
-        if gone and last and self._view and not self._view.finished:
-            self._view.abandon(last["time"], DRIVER_GONE)
-
-    def _driver_gone(self) -> bool:
-        driver = self.ids.driver
-        # Of a process on another machine nothing can be said.
-        return driver.get("host") == socket.gethostname() and not is_alive(driver["pid"], driver["started"])
-
-    def _wait(self, seconds: float, *, wake_at_end: bool) -> None:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, POLL_SECONDS))
-            if wake_at_end and (self._driver_gone() or self._tail.has_ended()):
-                return
-
-    def _save(self, ids: Ids) -> None:
-        temporary = self._ids_path.with_name(self._ids_path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(ids), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self._ids_path)
+            tracker = Tracker(store, run_id, uri)
+            if tracker.has_all():
+                return None
+            if is_ours:
+                tracker.catch_up()
+        except UserError as error:
+            return Synced(run_id, "failed", str(error))
+        except (KeyError, TypeError) as error:
+            # Written by another version: what is read here is missing, or of another kind.
+            return Synced(run_id, "failed", f"its record has an event that is not understood: {error!r}")
+    return Synced(run_id, "written" if is_ours else "busy")
 
 
-def read_ids(path: Path) -> Ids:
-    """The content of `mlflow.json`; empty if there is none yet or it cannot be read (all of it can be found again)."""
-    try:
-        return Ids(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return Ids()
+def _follow(tracker: Tracker, store: Store, uri: str) -> None:
+    older = sync_all(store, uri, leave_out=tracker.run_id)
+    tracker.follow(lambda: _one(older))
+    deadline = time.monotonic() + OLDER_SECONDS
+    while time.monotonic() < deadline and _one(older):
+        pass
 
 
-def say(text: str) -> None:
-    """One line in the tracking log."""
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stderr.flush()
+def _one(runs: Iterator[Synced]) -> bool:
+    """Bring one more run to MLflow; False if there is none."""
+    from ropewalk.infra.tracker import say
+
+    synced = next(runs, None)
+    if synced and synced.error:
+        say(f"run {synced.run_id}: {synced.error}")
+    return synced is not None
 
 
-def _ids_path(store_root: Path, run_id: str) -> Path:
-    return store_root / "runs" / run_id / "mlflow.json"
-
-
-def _outages() -> tuple[type[Exception], ...]:
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (MlflowException, SQLAlchemyError, OSError)
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return scrub_text(lines[0] if lines else type(error).__name__)[:300]
+def _lock(store: Store, run_id: str) -> Path:
+    return store.root / "runs" / run_id / "mlflow.lock"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The child process: `python -m ropewalk.infra.tracking STORE RUN_ID [--follow --parent-pid N]`."""
-    parser = argparse.ArgumentParser(prog="ropewalk.infra.tracking", description="Bring a run's record to MLflow.")
-    parser.add_argument("store", type=Path)
-    parser.add_argument("run_id")
+    """The child process: `python -m ropewalk.infra.tracking STORE [RUN_ID [--follow]]`."""
+    from ropewalk.infra.tracker import say
+
+    parser = argparse.ArgumentParser(prog="ropewalk.infra.tracking", description="Bring runs' records to MLflow.")
+    parser.add_argument("store")
+    parser.add_argument("run_id", nargs="?", help="default: all runs")
     parser.add_argument("--follow", action="store_true", help="go on until the run has ended")
-    parser.add_argument("--parent-pid", type=int, help="the process that runs it")
-    parser.add_argument("--tracking-uri")
     asked = parser.parse_args(arguments)
+    store = Store(asked.store)
     try:
-        sync(
-            asked.store,
-            asked.run_id,
-            follow=asked.follow,
-            parent_pid=asked.parent_pid,
-            tracking_uri=asked.tracking_uri,
-        )
+        if asked.run_id is not None:
+            sync(store, asked.run_id, follow=asked.follow)
+            return 0
+        runs = sync_all(store)
+        while _one(runs):
+            pass
     except UserError as error:
         say(str(error))
         return 1
@@ -290,4 +207,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.nice(NICENESS)
     sys.exit(main())

@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ropewalk.infra import tracking
 from ropewalk.infra.mlflow_database import default_tracking_uri, prepare, set_environment
-from ropewalk.infra.record import is_alive
+from ropewalk.infra.process import is_alive
 from ropewalk.infra.scrub import scrub_text
 from ropewalk.infra.step import UserError
+from ropewalk.infra.store import Store
 
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
@@ -39,7 +41,7 @@ class Dashboard:
 
 
 def serve_ui(
-    store_root: Path,
+    store: Store,
     host: str = "127.0.0.1",
     port: int = 5000,
     *,
@@ -48,7 +50,7 @@ def serve_ui(
     """Run the MLflow UI until Ctrl-C or SIGTERM, and say where it and the live Ray dashboards are.
 
     Args:
-        store_root: The store whose runs are shown.
+        store: Whose runs are shown. Those that MLflow does not have are brought to it meanwhile.
         host: Address to listen on. Anything but loopback lets others in: the UI has no login.
         port: Port; a free one is taken instead if it is in use, or 0.
         on_ready: Given `{"mlflow_url", "ray_dashboards": [{"run_id", "url"}]}` instead of printing lines.
@@ -56,12 +58,14 @@ def serve_ui(
     Returns:
         0, also when MLFLOW_TRACKING_URI names a server that runs already: then only its address is shown.
     """
-    dashboards = live_dashboards(store_root)
-    tracking_uri = default_tracking_uri(store_root)
+    store.pull_runs()
+    dashboards = live_dashboards(store.root)
+    tracking_uri = default_tracking_uri(store.root)
     if tracking_uri.startswith(("http://", "https://")):
         _announce(scrub_text(tracking_uri), dashboards, on_ready)
         return 0
-    with mlflow_server(store_root, tracking_uri, host, port) as (process, url):
+    store.root.mkdir(parents=True, exist_ok=True)
+    with mlflow_server(store.root, tracking_uri, host, port) as (process, url), _catching_up(store):
         _announce(url, dashboards, on_ready)
         with contextlib.suppress(KeyboardInterrupt), _sigterm_as_interrupt():
             process.wait()
@@ -94,6 +98,17 @@ def mlflow_server(
         yield process, url
     finally:
         _stop(process)
+
+
+@contextlib.contextmanager
+def _catching_up(store: Store) -> Iterator[None]:
+    """Bring to MLflow what it lacks, in a process of its own that ends with the block; what is left waits."""
+    child = tracking.start(store, None)
+    try:
+        yield
+    finally:
+        child.terminate()
+        child.wait()
 
 
 def live_dashboards(store_root: Path) -> list[Dashboard]:

@@ -3,63 +3,86 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ropewalk.infra import record, tracking
-from ropewalk.infra.plan import Planner, Selection, StepPlan, differences
+from ropewalk.infra import record
+from ropewalk.infra.executor import Executor
+from ropewalk.infra.plan import Planner, Selection, StepPlan, check_selection
+from ropewalk.infra.reasons import differences
 from ropewalk.infra.record import RunRecord
-from ropewalk.infra.runner import Executor, Runner, RunResult, check_selection
-from ropewalk.infra.step import UserError
+from ropewalk.infra.results import RunResult
+from ropewalk.infra.runner import Runner, RunPolicy
+from ropewalk.infra.step import Step, UserError
 from ropewalk.infra.store import Store
 from ropewalk.pipelines.display import Display
 from ropewalk.pipelines.load import Loaded, load_pipeline
+from ropewalk.pipelines.tracking_commands import Following
 
 Request = Mapping[str, Any]
 """What the user asked for: `pipeline`, `set`, `param`. Kept in `run.json`, so that a run can be repeated."""
 
-TRACKING_WAIT_SECONDS = 90.0
 STYLES = {"run": "yellow", "may-run": "yellow", "reuse": "green", "ran": "green", "reused": "green", "failed": "red"}
 
 
 def run_pipeline(
-    request: Request, store_uri: str, selection: Selection, *, executor: str, address: str | None, as_json: bool
+    request: Request,
+    store_uri: str,
+    selection: Selection,
+    *,
+    executor: str,
+    address: str | None,
+    as_json: bool,
+    run_id: str | None = None,
+    wait_for_resources: float = 0.0,
+    policy: RunPolicy = RunPolicy(),  # noqa: B008 - it is frozen
 ) -> int:
     """Run a pipeline and report how it went; 0 if everything asked for succeeded, 130 if it was cancelled."""
     loaded = _load(request)
     store = Store(store_uri)
     planner = Planner(loaded.pipeline, store, selection)
     plans = check_selection(planner)
-    console = Console(stderr=as_json)
+    console = _lasting_console(sys.stderr if as_json else sys.stdout)
     show_plan(plans, console)
-    runs_on = _executor(executor, address, loaded)
-    run_record = RunRecord(store, loaded.pipeline.name, _repeatable(request))
+    open_steps = [loaded.pipeline[plan.name] for plan in plans if plan.selected and plan.status != "reuse"]
+    runs_on = _executor(executor, address, open_steps, wait_for_resources)
+    run_record = _run_record(store, loaded, {**request, "selection": asdict(selection)}, run_id)
     run_record.write("plan.json", {"steps": [plan.to_json() for plan in plans]})
     console.print(f"run {run_record.run_id} · store {store.uri}", highlight=False, soft_wrap=True)
-    tracker = tracking.start(store.root, run_record.run_id)
+    following = Following(store, run_record.run_id)
 
     def started(facts: dict[str, Any]) -> None:
+        following.start()
         run_record.write("ray.json", facts)
         if facts.get("dashboard_url"):
             display({"type": "note", "text": f"Ray dashboard: {facts['dashboard_url']}"})
 
     display = Display([step.name for step in loaded.pipeline], console)
     with display:
-        runner = Runner(planner, runs_on, run_record, display, loaded.import_paths, started)
+        runner = Runner(planner, runs_on, run_record, display, loaded.import_paths, started, policy)
         result = runner.execute()
-    if any(step.status == "ran" for step in result.steps):
-        _wait_for_tracking(tracker, console)
-    mlflow_run_id = tracking.mlflow_run_id(store.root, result.run_id)
+    mlflow_run_id = following.finish(console)
     _show_result(result, console, store)
     if as_json:
         sys.stdout.write(json.dumps(result_json(result, mlflow_run_id), ensure_ascii=False) + "\n")
     return {"succeeded": 0, "failed": 1, "cancelled": 130}[result.status]
+
+
+def _lasting_console(stream: TextIO) -> Console:
+    """A console on a stream, also while the local executor sends all output of this process to a step's log."""
+    try:
+        copy = os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, buffering=1)
+    except OSError:  # A stream without a file: nothing can be redirected either.
+        return Console(file=stream)
+    return Console(file=copy)
 
 
 def result_json(result: RunResult, mlflow_run_id: str | None) -> dict[str, Any]:
@@ -99,13 +122,18 @@ def explain_step(request: Request, store_uri: str, name: str, as_json: bool) -> 
         old = before["identity"]
         changes = differences(old, {**old, "config": json.loads(step.config.model_dump_json())})
     if as_json:
-        document = {**plan.to_json(), "changes": changes, "code_drift": list(plan.drift), "identity": plan.document}
+        document = {
+            **plan.to_json(),
+            "changes": [change.text for change in changes],
+            "code_drift": list(plan.drift),
+            "identity": plan.document,
+        }
         sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
         return 0
     console = Console()
     console.print(Text.assemble((name, "bold"), ": ", (plan.status, STYLES[plan.status]), " - ", plan.reason))
     for change in changes:
-        console.print(f"  changed: {change}", markup=False, highlight=False)
+        console.print(f"  changed: {change.text}", markup=False, highlight=False)
     for module in plan.drift:
         console.print(f"  code drift: {module} (the output is still used; --force {name} makes it anew)", markup=False)
     for slot, source in step.upstream.items():
@@ -118,25 +146,34 @@ def explain_step(request: Request, store_uri: str, name: str, as_json: bool) -> 
 def show_status(store_uri: str, as_json: bool) -> int:
     """List the runs of a store."""
     store = Store(store_uri)
-    rows = [_run_state(store, run_id) for run_id in record.run_ids(store)]
+    rows = status_rows(store)
     if as_json:
         sys.stdout.write(json.dumps({"store": store.uri, "runs": rows}, ensure_ascii=False) + "\n")
-        return 0
-    if not rows:
+    elif rows:
+        Console().print(status_table(rows))
+    else:
         Console().print(f"no runs in {store.uri}", soft_wrap=True)
+    return 0
+
+
+def status_rows(store: Store) -> list[dict[str, Any]]:
+    """How the runs of a store stand, newest first."""
+    return [_run_state(store, run_id) for run_id in record.run_ids(store)]
+
+
+def status_table(rows: list[dict[str, Any]]) -> Table:
+    """The same as a table."""
     table = Table("run", "pipeline", "status", "ran", "reused", "failed", "now running", box=None, pad_edge=False)
     for row in rows:
         counts = [str(row["steps"].get(kind, 0)) for kind in ("ran", "reused", "failed")]
         table.add_row(row["run_id"], row["pipeline"], row["status"], *counts, ", ".join(row["running"]))
-    if rows:
-        Console().print(table)
-    return 0
+    return table
 
 
 def show_run(store_uri: str, run_id: str, step: str | None, as_json: bool) -> int:
     """Show a run or one of its steps."""
     store = Store(store_uri)
-    run_id = _run_id(store, run_id)
+    run_id = find_run(store, run_id)
     steps = _steps_of(store, run_id)
     description = record.read_run(store, run_id)
     if step is not None and step not in steps:
@@ -164,28 +201,6 @@ def show_run(store_uri: str, run_id: str, step: str | None, as_json: bool) -> in
     return 0
 
 
-def recorded_request(store_uri: str, run_id: str) -> Request:
-    """What an earlier run was asked for."""
-    store = Store(store_uri)
-    return record.read_run(store, _run_id(store, run_id))["request"]
-
-
-def sync_run(store_uri: str, run_id: str, as_json: bool) -> int:
-    """Bring MLflow up to date with a run's record."""
-    store = Store(store_uri)
-    run_id = _run_id(store, run_id)
-    try:
-        tracking.sync(store.root, run_id)
-    except tracking.TrackingError as error:
-        raise UserError(str(error)) from error
-    mlflow_run_id = tracking.mlflow_run_id(store.root, run_id)
-    if as_json:
-        sys.stdout.write(json.dumps({"run_id": run_id, "mlflow_run_id": mlflow_run_id}) + "\n")
-    else:
-        Console().print(f"run {run_id} is MLflow run {mlflow_run_id}", highlight=False)
-    return 0
-
-
 def show_diagnosis(store_uri: str, as_json: bool) -> int:
     """Check the machine; 1 if something is wrong."""
     from ropewalk.infra.doctor import diagnose
@@ -207,35 +222,39 @@ def _load(request: Request) -> Loaded:
     return load_pipeline(request["pipeline"], request["param"], request["set"])
 
 
-def _executor(name: str, address: str | None, loaded: Loaded) -> Executor:
+def _run_record(store: Store, loaded: Loaded, request: Request, run_id: str | None) -> RunRecord:
+    """A new record; a run that was submitted to a cluster also records its job."""
+    from ropewalk.infra.submit import check_same_store, driver_job
+
+    job = driver_job(run_id)
+    if job is None:
+        return RunRecord(store, loaded.pipeline.name, _repeatable(request), run_id)
+    check_same_store(job, store)
+    # What the submitter asked for, with the paths of its machine: this driver's are gone with the job.
+    run_record = RunRecord(store, loaded.pipeline.name, job.request, run_id)
+    run_record.write("job.json", job.to_json())
+    return run_record
+
+
+def _executor(name: str, address: str | None, steps: list[Step], wait_for_resources: float) -> Executor:
     if name == "local":
         if address:
             raise UserError("--address names a Ray cluster; it does not go with --executor local")
         from ropewalk.infra.local import LocalExecutor
         from ropewalk.stages.context import LocalContext
 
-        return LocalExecutor(lambda task, work, report: LocalContext(work, report))
+        return LocalExecutor(lambda task, work, report, stop: LocalContext(work, report, stop))
     if name != "ray":
         raise UserError(f"--executor {name}: known are ray and local")
     from ropewalk.infra.on_ray import RayExecutor
 
-    return RayExecutor(loaded.pipeline, address)
+    return RayExecutor(steps, address, wait_for_resources)
 
 
 def _repeatable(request: Request) -> Request:
     """The request as it can be repeated from another folder."""
     target = request["pipeline"]
     return {**request, "pipeline": str(Path(target).resolve()) if Path(target).is_file() else target}
-
-
-def _wait_for_tracking(tracker: Any, console: Console) -> None:
-    """MLflow gets its own process and some time to catch up; what it misses, `ropewalk sync` brings."""
-    import subprocess
-
-    try:
-        tracker.wait(timeout=TRACKING_WAIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        console.print("MLflow is still catching up in the background (`ropewalk sync last` waits for it)")
 
 
 def _show_result(result: RunResult, console: Console, store: Store) -> None:
@@ -256,7 +275,8 @@ def _show_result(result: RunResult, console: Console, store: Store) -> None:
         console.print(f"MLflow: ropewalk ui --store {store.uri}", soft_wrap=True, highlight=False)
 
 
-def _run_id(store: Store, run_id: str) -> str:
+def find_run(store: Store, run_id: str) -> str:
+    """The id of a run that is in the store; `last` is the newest. Raises UserError if there is none."""
     if run_id != "last":
         record.read_run(store, run_id)
         return run_id
@@ -293,14 +313,23 @@ def _steps_of(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
     for event in record.read_events(store, run_id):
         kind = event["type"]
         if kind == "run_started":
-            steps = {step["name"]: {**step, "status": "waiting", "metrics": {}} for step in event["steps"]}
+            steps = {
+                step["name"]: {**step, "status": "waiting", "metrics": {}, "attempts": []} for step in event["steps"]
+            }
         elif kind == "step_started":
             facts = {key: event[key] for key in ("key", "attempt", "inputs", "reason")}
             log = store.root / "runs" / run_id / "logs" / event["step"] / f"{event['attempt']}.log"
             steps[event["step"]].update(status="running", log=str(log), **facts)
-        elif kind == "metrics":
+            steps[event["step"]]["attempts"].append({"attempt": event["attempt"]})
+        elif kind == "step_waiting":
+            steps[event["step"]].update(status="waiting", reason=event["reason"])
+        elif kind in ("attempt_failed", "step_failed") and steps[event["step"]]["attempts"]:
+            facts = {key: event[key] for key in ("kind", "error", "retry_in_seconds") if key in event}
+            steps[event["step"]]["attempts"][-1].update(facts)
+            steps[event["step"]]["status"] = "waiting"
+        if kind == "metrics":
             steps[event["step"]]["metrics"].update(event["metrics"])
-        elif kind in ended:
+        if kind in ended:
             facts = {key: event[key] for key in ("key", "output", "seconds", "reason", "error") if key in event}
             steps[event["step"]].update(status=ended[kind], **facts)
     return steps

@@ -21,12 +21,17 @@ PROGRESS_FRACTION = 0.1
 MAX_METRICS = 3
 STYLES = {
     "waiting": "dim",
+    "queued": "dim",
+    "locked": "yellow",
+    "retrying": "yellow",
     "running": "yellow",
     "ran": "green",
     "reused": "cyan",
     "failed": "bold red",
     "skipped": "dim",
 }
+TOLD_BESIDE_TABLE = {"attempt_failed", "timed_out", "lease_lost", "warning", "cancel_asked"}
+"""Nothing of this goes by unseen, even where the table has moved on."""
 Event = Mapping[str, Any]
 
 
@@ -58,11 +63,12 @@ class StepState:
 
     def begin(self, now: float) -> None:
         """Start an attempt; what an earlier one reported is forgotten."""
-        self.status, self.started, self.seconds, self.first = "running", now, None, None
+        self.status, self.started, self.seconds, self.first = "queued", now, None, None
         self.done, self.total, self.shown = 0.0, 0.0, (now, 0.0)
 
     def advance(self, event: Event, now: float) -> None:
         """Take a report of progress."""
+        self.status = "running"
         self.done, self.total, self.unit = event["done"], event["total"], event["unit"]
         self.first, self.last = self.first or (now, self.done), now
 
@@ -102,8 +108,8 @@ class Display:
 
     def __enter__(self) -> Display:
         if self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self.table, refresh_per_second=4)
-            self._live.start()
+            live = self._live = Live(console=self._console, get_renderable=self.table, refresh_per_second=4)
+            live.start()
         return self
 
     def __exit__(
@@ -119,7 +125,7 @@ class Display:
             self._learn(event)
         if event["type"] == "note":
             self._console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
-        elif self._live is None:
+        elif self._live is None or event["type"] in TOLD_BESIDE_TABLE:
             line = self._line(event)
             if line:
                 stamp = time.strftime("%H:%M:%S", time.localtime(self._time(event)))
@@ -136,7 +142,7 @@ class Display:
     def _row(self, state: StepState) -> list[Any]:
         running = state.status == "running"
         bar = ProgressBar(total=1.0, completed=state.fraction, width=20) if running and state.total else ""
-        seconds = self._clock() - state.started if running else state.seconds
+        seconds = self._clock() - state.started if running or state.status == "queued" else state.seconds
         shown = _metrics(state.metrics) if state.status in ("running", "ran") else state.reason
         return [
             Text(state.name),
@@ -154,6 +160,8 @@ class Display:
             return
         if kind == "step_started":
             state.begin(self._time(event))
+        elif kind == "running":
+            state.status, state.started = "running", self._time(event)
         elif kind == "progress":
             state.advance(event, self._time(event))
         elif kind == "metrics":
@@ -164,6 +172,10 @@ class Display:
             state.status, state.seconds, state.reason = "failed", event["seconds"], event["error"]
         elif kind in ("step_reused", "step_skipped"):
             state.status, state.reason = kind.removeprefix("step_"), event["reason"]
+        elif kind == "step_waiting":
+            state.status, state.reason = "locked", event["reason"]
+        elif kind == "attempt_failed":
+            state.status, state.seconds, state.reason = "retrying", event["seconds"], event["error"]
 
     def _line(self, event: Event) -> str | None:
         kind, step = event["type"], event.get("step", "")
@@ -177,6 +189,19 @@ class Display:
                 return f"{step}: done in {duration(event['seconds'])}" + (f", {shown}" if shown else "")
             case "step_failed":
                 return f"{step}: failed after {duration(event['seconds'])}: {event['error']}"
+            case "step_waiting":
+                return f"{step}: waiting, {event['reason']}"
+            case "attempt_failed":
+                wait = duration(event["retry_in_seconds"])
+                return f"{step}: attempt failed ({event['kind']}), the next one follows in {wait}: {event['error']}"
+            case "timed_out":
+                return f"{step}: asked to stop: {event['reason']}"
+            case "lease_lost":
+                return f"{step}: its lease is lost, another run may go on with it"
+            case "warning":
+                return f"{step}: warning: {event['text']}"
+            case "cancel_asked":
+                return "cancelling: steps save and stop" if event["level"] == 1 else "cancelling: at once"
             case "run_finished":
                 return f"run {event['status']} after {duration(event['seconds'])}"
             case "progress":

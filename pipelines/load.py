@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ropewalk.infra.step import Pipeline, UserError, unknown
-
-NOT_PIPELINES = {"cli", "display", "load", "commands"}
 
 
 @dataclass(frozen=True)
@@ -29,9 +26,9 @@ class Loaded:
 
 def pipeline_names() -> list[str]:
     """The pipelines that come with the package."""
-    import ropewalk.pipelines
-
-    return sorted(m.name for m in pkgutil.iter_modules(ropewalk.pipelines.__path__) if m.name not in NOT_PIPELINES)
+    # By their text: importing every module of the room to look for the function would be slow.
+    room = Path(__file__).parent
+    return sorted(path.stem for path in room.glob("*.py") if "\ndef pipeline(" in path.read_text(encoding="utf-8"))
 
 
 def load_pipeline(target: str, parameters: Sequence[str] = (), settings: Sequence[str] = ()) -> Loaded:
@@ -47,6 +44,11 @@ def load_pipeline(target: str, parameters: Sequence[str] = (), settings: Sequenc
     if not isinstance(pipeline, Pipeline):
         raise UserError(f"{target}: pipeline() returned a {type(pipeline).__name__}, not a Pipeline")
     return Loaded(pipeline.with_settings(settings), paths)
+
+
+def pipeline_parameters(target: str) -> list[str]:
+    """Names of the parameters that `pipeline()` takes."""
+    return list(inspect.signature(_module(target)[0].pipeline).parameters)
 
 
 def _module(target: str) -> tuple[Any, tuple[str, ...]]:

@@ -12,10 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+
+SECONDARY_FAILURE_SECONDS = 1.0
 
 Report = Callable[[dict[str, Any]], None]
 """Takes one event: `{"type": "metrics", "metrics", "step", "about"}` or `{"type": "progress", "done", "total",
@@ -55,7 +58,8 @@ class Context(Protocol):
     """What `run(config, inputs, output, context)` is given."""
 
     work: Path
-    """Scratch folder kept across attempts of the same key: checkpoints, shard ledgers. Gone after the commit."""
+    """Scratch folder kept across attempts of the same key: checkpoints, shard ledgers. Gone after the commit. All
+    processes of the stage write to it, so on several machines it lies on a file system that they share."""
 
     def map(self, function: Callable[..., Any], items: Iterable[Any], *, resources: Any = None) -> Iterator[Any]:
         """Apply `function` to every item, in parallel where possible; results come in item order.
@@ -71,7 +75,8 @@ class Context(Protocol):
         """Run `function(config, worker)` in `num_workers` processes at once, one per training rank.
 
         Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as `torch.distributed` expects them.
-        Returns the results by rank; one failing rank fails the gang.
+        Returns the results by rank; one failing rank fails the gang. A rank whose process dies raises an error of its
+        own kind, so that the machine's failures can be told from the function's.
         """
         ...
 
@@ -92,6 +97,11 @@ def ignore(event: dict[str, Any]) -> None:
     """Report nothing."""
 
 
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
 @dataclass
 class LocalWorker:
     """A rank of a local gang."""
@@ -99,6 +109,7 @@ class LocalWorker:
     rank: int
     world_size: int
     report: Report = ignore
+    stop: Callable[[], bool] = never
 
     def log(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
         """See `Worker.log`."""
@@ -111,8 +122,8 @@ class LocalWorker:
             self.report({"type": "progress", "done": done, "total": total, "unit": unit})
 
     def cancelled(self) -> bool:
-        """A local gang is cancelled by a signal to its processes."""
-        return False
+        """See `Worker.cancelled`."""
+        return self.stop()
 
 
 @dataclass
@@ -121,6 +132,7 @@ class LocalContext:
 
     work: Path
     report: Report = ignore
+    stop: Callable[[], bool] = never
 
     def map(self, function: Callable[..., Any], items: Iterable[Any], *, resources: Any = None) -> Iterator[Any]:
         """See `Context.map`."""
@@ -135,14 +147,17 @@ class LocalContext:
 
         spawn = multiprocessing.get_context("spawn")
         events: Any = spawn.SimpleQueue()
+        stopped: Any = spawn.Event()
         port = free_port()
         processes = [
-            spawn.Process(target=_run_rank, args=(function, config, rank, num_workers, port, events), daemon=False)
+            spawn.Process(
+                target=_run_rank, args=(function, config, rank, num_workers, port, events, stopped), daemon=False
+            )
             for rank in range(num_workers)
         ]
         for process in processes:
             process.start()
-        return _collect(processes, events, self.report)
+        return _collect(processes, events, self.report, self.stop, stopped)
 
     def log(self, metrics: Mapping[str, float], *, step: int | None = None, about: str | None = None) -> None:
         """See `Context.log`."""
@@ -153,8 +168,8 @@ class LocalContext:
         self.report({"type": "progress", "done": done, "total": total, "unit": unit})
 
     def cancelled(self) -> bool:
-        """A local run is cancelled by a signal to its process."""
-        return False
+        """See `Context.cancelled`."""
+        return self.stop()
 
 
 def is_class(function: Callable[..., Any]) -> bool:
@@ -169,7 +184,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _run_rank(function: Callable[..., Any], config: Any, rank: int, world_size: int, port: int, events: Any) -> None:
+def _run_rank(
+    function: Callable[..., Any], config: Any, rank: int, world_size: int, port: int, events: Any, stopped: Any
+) -> None:
     import traceback
 
     os.environ.update(
@@ -184,7 +201,8 @@ def _run_rank(function: Callable[..., Any], config: Any, rank: int, world_size: 
     # Spinning OpenMP threads of several ranks on few cores cost several times one thread each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        result = function(config, LocalWorker(rank, world_size, lambda event: events.put(("event", rank, event))))
+        worker = LocalWorker(rank, world_size, lambda event: events.put(("event", rank, event)), stopped.is_set)
+        result = function(config, worker)
         events.put(("done", rank, result))
     except BaseException:
         events.put(("failed", rank, traceback.format_exc()))
@@ -201,21 +219,23 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _collect(processes: list[Any], events: Any, report: Report) -> list[Any]:
+def _collect(processes: list[Any], events: Any, report: Report, stop: Callable[[], bool], stopped: Any) -> list[Any]:
     results: dict[int, Any] = {}
     try:
         while len(results) < len(processes):
+            if stop():
+                stopped.set()
             if events.empty():
                 dead = [rank for rank, p in enumerate(processes) if not p.is_alive() and rank not in results]
                 if dead and events.empty():
-                    raise RuntimeError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}")
+                    raise _died(dead[0], processes[dead[0]])
                 time.sleep(0.02)
                 continue
             kind, rank, payload = events.get()
             if kind == "event":
                 report(payload)
             elif kind == "failed":
-                raise RuntimeError(f"rank {rank} failed:\n{payload}")
+                raise _cause(processes, rank) or RuntimeError(f"rank {rank} failed:\n{payload}")
             else:
                 results[rank] = payload
     finally:
@@ -224,3 +244,20 @@ def _collect(processes: list[Any], events: Any, report: Report) -> list[Any]:
                 process.kill()
             process.join()
     return [results[rank] for rank in range(len(processes))]
+
+
+def _cause(processes: list[Any], failed: int) -> BrokenProcessPool | None:
+    """The death of another rank, if that is why this one failed: its peers notice at their next collective."""
+    deadline = time.monotonic() + SECONDARY_FAILURE_SECONDS
+    while time.monotonic() < deadline:
+        for rank, process in enumerate(processes):
+            if rank != failed and process.exitcode not in (None, 0, 1):
+                return _died(rank, process)
+        if all(process.exitcode is not None for process in processes):
+            break
+        time.sleep(0.02)
+    return None
+
+
+def _died(rank: int, process: Any) -> BrokenProcessPool:
+    return BrokenProcessPool(f"rank {rank} died with exit code {process.exitcode}")

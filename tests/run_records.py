@@ -8,9 +8,14 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shutil
+import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+from ropewalk.infra.process import process_start
 
 PIXEL_PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -20,13 +25,24 @@ PIXEL_PNG = base64.b64decode(
 class RecordBuilder:
     """Appends events of one run; its clock stands still unless `clock` is moved."""
 
-    def __init__(self, store_root: Path, run_id: str, pipeline: str, clock: float = 1_700_000_000.0) -> None:
+    def __init__(
+        self,
+        store_root: Path,
+        run_id: str,
+        pipeline: str,
+        clock: float = 1_700_000_000.0,
+        driver: Mapping[str, object] | None = None,
+    ) -> None:
+        """`driver` says which process runs it; default: this one."""
         self.store_root = store_root
         self.run_id = run_id
         self.pipeline = pipeline
         self.clock = clock
         self.folder = store_root / "runs" / run_id
         self.folder.mkdir(parents=True)
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "process_started": process_start(os.getpid())}
+        asked = {"pipeline": pipeline, "request": {}, "started_at": clock, **here, **(driver or {})}
+        (self.folder / "run.json").write_text(json.dumps(asked))
         self.seq = 0
         self.outputs: dict[str, dict] = {}
 
@@ -82,7 +98,9 @@ class RecordBuilder:
             path = attempt / (name if name.startswith("observed/") else f"data/{name}")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data.encode() if isinstance(data, str) else data)
-        (attempt / "manifest.json").write_text(json.dumps(sorted(content)), encoding="utf-8")
+        folders = {name: name if name.startswith("observed/") else f"data/{name}" for name in content}
+        files = [{"path": folders[name], "size": len(content[name])} for name in sorted(content)]
+        (attempt / "manifest.json").write_text(json.dumps({"files": files}), encoding="utf-8")
         digest = sha256(json.dumps([step, kind, fields]))
         self.outputs[step] = {"uri": str(attempt / "data"), "digest": digest}
         sizes = {"num_bytes": sum(len(data) for data in content.values()), "num_files": len(content)}

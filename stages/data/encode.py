@@ -7,7 +7,8 @@ Reads `documents`, and optionally `tokenizer` (a model or tokenizer folder; its 
 The spelling of a special token inside a document stays text: `<|eos|>` in a source file does not end a document.
 Nothing is truncated, whatever `tokenizer.json` says. Lost: documents that the tokenizer turns into no token.
 
-Memory: one shard a worker; training holds the word counts of its sample.
+Each shard is kept once it is done, so that a new attempt goes on from there. Memory: one shard a worker; training
+holds the word counts of its sample.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
+from ropewalk.stages.checks import check_tokens
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.vocabulary import (
     add_markers,
@@ -44,12 +46,14 @@ from ropewalk.stages.schema import (
     write_artifact,
     write_shard,
 )
+from ropewalk.stages.shards import map_shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 NAME = "encode"
 VERSION = 1
+check = check_tokens
 
 _BATCH_BYTES = 2**20  # An Encoding takes some 100 bytes a token, so a whole shard at once would not be bounded.
 
@@ -82,7 +86,18 @@ class ShardEncoder:
     def __init__(self, tokenizer_json: str) -> None:
         self._encoder = text_encoder(tokenizer_json)
 
-    def __call__(self, documents: pa.Table) -> pa.Table:
+    def __call__(self, shard: tuple[int, Path], folder: Path) -> dict[str, Any]:
+        """Write the Tokens of a Documents shard, given with its number; returns `num_in` and the statistics."""
+        import pyarrow.parquet as pq
+
+        number, path = shard
+        documents = pq.read_table(path, columns=["doc_id", "text", "source", "num_bytes"])
+        encoded = self.encode(documents)
+        kept = encoded.filter([length > 0 for length in list_lengths(encoded.column("input_ids"))])
+        write_shard(folder, "tokens", number, kept.select(["doc_id", "source", "input_ids"]).cast(tokens_schema()))
+        return {"num_in": documents.num_rows, **TokenStatistics.of(kept).to_json()}
+
+    def encode(self, documents: pa.Table) -> pa.Table:
         """Documents (`doc_id`, `source`, `text`, `num_bytes`) to the same without `text`, with `input_ids`."""
         import numpy as np
         import pyarrow as pa
@@ -121,15 +136,28 @@ class TokenStatistics:
     lengths: Counter[int] = field(default_factory=Counter)
     """Documents of 2^k up to 2^(k+1)-1 tokens, by k."""
 
-    def add(self, shard: pa.Table) -> None:
+    @classmethod
+    def of(cls, shard: pa.Table) -> TokenStatistics:
         """Count the documents of a shard with `source`, `num_bytes` and `input_ids`."""
+        found = cls()
         lengths = list_lengths(shard.column("input_ids"))
         sources, sizes = shard.column("source").to_pylist(), shard.column("num_bytes").to_pylist()
         for source, size, length in zip(sources, sizes, lengths, strict=True):
-            self.num_documents[source] += 1
-            self.num_tokens[source] += length
-            self.num_bytes[source] += size
-            self.lengths[length.bit_length() - 1] += 1
+            found.num_documents[source] += 1
+            found.num_tokens[source] += length
+            found.num_bytes[source] += size
+            found.lengths[length.bit_length() - 1] += 1
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums as JSON, whose keys are texts."""
+        return {item.name: dict(getattr(self, item.name)) for item in fields(self)}
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        """Add what `to_json` gave for another shard."""
+        for name in ("num_documents", "num_tokens", "num_bytes"):
+            getattr(self, name).update(other[name])
+        self.lengths.update({int(length): number for length, number in other["lengths"].items()})
 
     def report(self) -> dict[str, Any]:
         """For `statistics.json`."""
@@ -198,24 +226,15 @@ def _draw_lengths(lengths: Counter[int], path: Path) -> None:
     figure.savefig(path)
 
 
-def _shards(documents: Path) -> Iterator[pa.Table]:
-    import pyarrow.parquet as pq
-
-    for path in shard_paths(documents, "documents"):
-        yield pq.read_table(path, columns=["doc_id", "text", "source", "num_bytes"])
-
-
 def _write_tokens(
     documents: Path, tokenizer_json: str, folder: Path, context: Context
 ) -> tuple[TokenStatistics, dict[str, int]]:
     statistics, num_in = TokenStatistics(), 0
-    total = len(shard_paths(documents, "documents"))
-    for number, encoded in enumerate(context.map(partial(ShardEncoder, tokenizer_json), _shards(documents))):
-        num_in += encoded.num_rows
-        kept = encoded.filter([length > 0 for length in list_lengths(encoded.column("input_ids"))])
-        statistics.add(kept)
-        write_shard(folder, "tokens", number, kept.select(["doc_id", "source", "input_ids"]).cast(tokens_schema()))
-        context.progress(number + 1, total, "shards")
+    paths = {path.name: (number, path) for number, path in enumerate(shard_paths(documents, "documents"))}
+    for shard in map_shards(context, partial(ShardEncoder, tokenizer_json), paths):
+        num_in += shard.counts["num_in"]
+        statistics.add(shard.counts)
+        shard.link_into(folder)
     num_kept = statistics.num_documents.total()
     counts = {"num_in": num_in, "num_kept": num_kept, "num_dropped_no_tokens": num_in - num_kept}
     return statistics, {**counts, "num_tokens": statistics.num_tokens.total()}

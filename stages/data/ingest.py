@@ -24,12 +24,14 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from ropewalk.stages.checks import check_documents
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.readers import RawDocument, SourceConfig, open_source
 from ropewalk.stages.schema import Artifact, Record, documents_schema, write_artifact, write_shard
 
 NAME = "ingest"
 VERSION = 1
+check = check_documents
 
 REASONS = ("undecodable", "empty", "too_short", "too_long", "duplicate")
 SHARD_DOCUMENTS = 65_536

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
+from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.quotas import largest_remainder
 from ropewalk.stages.schema import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 NAME = "mix"
 VERSION = 1
+check = check_rows
 
 _SHARD_TOKENS = 2**24
 _MAX_OPEN = 256  # Files that are written at once; inputs are read again for every so many output shards.

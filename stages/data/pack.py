@@ -18,6 +18,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.bins import Plan, best_fit, concatenate, room_left
 from ropewalk.stages.data.rows import Corpus, Row, RowBuilder, load_corpus, make_row_id, write_rows
@@ -25,6 +26,7 @@ from ropewalk.stages.schema import AttentionPolicy, Record, TokenizerInfo, seede
 
 NAME = "pack"
 VERSION = 1
+check = check_rows
 
 
 class PackConfig(Record):

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.quotas import largest_remainder
 from ropewalk.stages.data.rows import load_corpus
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 NAME = "plant"
 VERSION = 1
+check = check_rows
 
 RowKind = Literal["episode", "repeat", "text"]
 MIN_REPEAT_TOKENS = 8

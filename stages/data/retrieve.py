@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ropewalk.stages.schema import iterate_table
+from ropewalk.stages.shards import map_shards
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 B, K1 = 0.75, 1.2
 TERM = re.compile(r"[^\W_]{2,}")
-DOCUMENTS_PER_TASK = 64
+DOCUMENTS_PER_TASK = 256
 
 
 class Hit(NamedTuple):
@@ -155,19 +157,35 @@ def iterate_texts(folder: Path) -> Iterable[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class CandidateLists:
-    """Task of `context.map`: the candidate lists of a range of documents."""
+    """Task of `map_shards`: the candidate lists of a range of documents."""
 
     index: Bm25
     num_candidates: int
 
-    def __call__(self, documents: range) -> list[list[Hit]]:
-        """The nearest documents of each, in order."""
-        lists = []
+    def __call__(self, documents: range, folder: Path) -> dict[str, int]:
+        """Write the nearest documents of each, in order."""
+        import numpy as np
+
+        found, scores = [], []
         for document in documents:
-            scores = self.index.scores(document)
-            found = self.index.nearest(scores, self.num_candidates)
-            lists.append([Hit(int(other), float(scores[other]), rank) for rank, other in enumerate(found)])
-        return lists
+            all_scores = self.index.scores(document)
+            found.append(self.index.nearest(all_scores, self.num_candidates))
+            scores.append(all_scores[found[-1]])
+        np.save(folder / "lengths.npy", np.asarray([len(nearest) for nearest in found], dtype=np.int64))
+        np.save(folder / "documents.npy", np.concatenate(found).astype(np.int64))
+        np.save(folder / "scores.npy", np.concatenate(scores).astype(np.float64))
+        return {"num_documents": len(documents)}
+
+
+def _read_lists(folder: Path) -> Iterator[list[Hit]]:
+    """What `CandidateLists` wrote."""
+    import numpy as np
+
+    lengths, documents, scores = (np.load(folder / f"{name}.npy") for name in ("lengths", "documents", "scores"))
+    ends = np.cumsum(lengths)
+    for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
+        pairs = zip(documents[start:end].tolist(), scores[start:end].tolist(), strict=True)
+        yield [Hit(other, score, rank) for rank, (other, score) in enumerate(pairs)]
 
 
 class Bm25Neighbours:
@@ -181,13 +199,12 @@ class Bm25Neighbours:
 
     @classmethod
     def build(cls, index: Bm25, num_candidates: int, context: Context) -> Bm25Neighbours:
-        """Make the lists of all documents, in parallel where the context can."""
+        """Make the lists of all documents, in parallel where the context can; finished ones outlive a crash."""
         starts = range(0, index.num_documents, DOCUMENTS_PER_TASK)
-        tasks = [range(start, min(start + DOCUMENTS_PER_TASK, index.num_documents)) for start in starts]
-        lists: list[list[Hit]] = []
-        for part in context.map(CandidateLists(index, num_candidates), tasks):
-            lists.extend(part)
-            context.progress(len(lists), index.num_documents, "documents retrieved for")
+        tasks = {str(start): range(start, min(start + DOCUMENTS_PER_TASK, index.num_documents)) for start in starts}
+        build = partial(CandidateLists, index, num_candidates)
+        work = map_shards(context, build, tasks, label="candidates", unit="retrieval tasks")
+        lists = [hits for shard in work for hits in _read_lists(shard.folder)]
         return cls(index, lists)
 
     def nearest_unused(self, document: int, k: int, unused: np.ndarray, rng: np.random.Generator) -> list[Hit]:

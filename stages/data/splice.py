@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.bins import Piece, Plan, cut_long, room_left
 from ropewalk.stages.data.retrieve import Bm25, Bm25Neighbours, RandomNeighbours, build_index, iterate_texts
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 NAME = "splice"
 VERSION = 1
+check = check_rows
 
 
 class SpliceConfig(Record):

@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ropewalk.stages.checks import check_tokens
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.schema import (
     Artifact,
@@ -30,6 +31,7 @@ from ropewalk.stages.schema import (
 
 NAME = "split"
 VERSION = 1
+check = check_tokens
 
 
 class SplitConfig(Record):

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.bins import Piece, Plan, concatenate, room_left
 from ropewalk.stages.data.rows import Corpus, Row, RowBuilder, load_corpus, make_row_id, write_rows
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 NAME = "utk"
 VERSION = 1
+check = check_rows
 
 HOP_TOKENS = ("<|hop_head|>", "<|/hop_head|>", "<|hop_tail|>", "<|/hop_tail|>")
 BACKTRACING_TOKENS = ("<D>", "</D>", "<S>", "<s>", "</S>")

@@ -25,6 +25,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from ropewalk.stages.checks import check_predictions
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.episodes import EpisodeFormat, EpisodeWriter, episode_writer
 from ropewalk.stages.evaluation.backends import Backend, HuggingFaceBackend, Precision
@@ -47,9 +48,13 @@ from ropewalk.stages.schema import (
     write_artifact,
     write_table,
 )
+from ropewalk.stages.shards import map_shards
 
 NAME = "evaluate"
 VERSION = 1
+
+RECORDS_FILE = "records.json"
+check = check_predictions
 
 
 class EvaluateConfig(Analysis):
@@ -153,7 +158,7 @@ def load_material(config: EvaluateConfig, inputs: Mapping[str, Path], info: Toke
 
 @dataclass
 class UnitRunner:
-    """Does units of work. Pickled to each worker, where it loads the held-out text and one model at a time."""
+    """Does units of work. Built once per worker, where it loads the held-out text and one model at a time."""
 
     config: EvaluateConfig
     inputs: dict[str, Path]
@@ -161,7 +166,12 @@ class UnitRunner:
     _material: Material | None = field(default=None, repr=False)
     _backend: tuple[str, Backend] | None = None
 
-    def __call__(self, unit: RetrievalUnit | LossUnit) -> Tree:
+    def __call__(self, unit: RetrievalUnit | LossUnit, folder: Path) -> Tree:
+        """Write the unit's records."""
+        (folder / RECORDS_FILE).write_text(json.dumps(self.records(unit)), encoding="utf-8")
+        return {}
+
+    def records(self, unit: RetrievalUnit | LossUnit) -> Tree:
         """The unit's records, as JSON."""
         if self._material is None:
             self._material = load_material(self.config, self.inputs, self.info)
@@ -255,20 +265,9 @@ def _results(
     context: Context,
 ) -> Iterator[Tree]:
     """The result of each unit, in order. Finished units lie in the work folder, so that a new attempt goes on."""
-    folder = context.work / "units"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{unit.name}.json" for unit in units]
-    missing = [unit for unit, path in zip(units, paths, strict=True) if not path.exists()]
-    done = len(units) - len(missing)
-    fresh = context.map(UnitRunner(config, dict(inputs), info), missing)
-    for unit, path in zip(units, paths, strict=True):
-        if unit in missing:
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(next(fresh)), encoding="utf-8")
-            unfinished.replace(path)
-            done += 1
-            context.progress(done, len(units), "units")
-        yield json.loads(path.read_text(encoding="utf-8"))
+    build = partial(UnitRunner, config, dict(inputs), info)
+    for shard in map_shards(context, build, {unit.name: unit for unit in units}, label="units", unit="units"):
+        yield json.loads((shard.folder / RECORDS_FILE).read_text(encoding="utf-8"))
 
 
 def _in_order(

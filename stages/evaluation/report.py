@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from ropewalk.stages.checkpoint import read_checkpoint
+from ropewalk.stages.checks import check_report
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.evaluation import plots
 from ropewalk.stages.evaluation.composition import Composition, read_composition
@@ -30,6 +31,7 @@ from ropewalk.stages.schema import Artifact, Record, read_artifact, read_table, 
 
 NAME = "report"
 VERSION = 1
+check = check_report
 
 
 class ReportConfig(Record):

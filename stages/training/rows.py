@@ -11,6 +11,7 @@ size of its tokens) and memory-mapped from there: memory does not grow with the 
 from __future__ import annotations
 
 import bisect
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,7 +102,8 @@ def _unpack_shard(target: Path, spec: RowSpec, path: Path) -> int:
     with pq.ParquetFile(path) as file:
         if done.exists():
             return file.metadata.num_rows
-        partial_file = done.with_suffix(".partial")
+        # A name of its own: a worker of a killed attempt may still be writing the same shard.
+        partial_file = done.with_suffix(f".{uuid.uuid4().hex}.partial")
         schema = file.schema_arrow.remove_metadata()
         with pa.OSFile(str(partial_file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in file.iter_batches(batch_size=max(1, BATCH_TOKENS // spec.row_tokens)):

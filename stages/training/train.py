@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from ropewalk.stages.checks import check_checkpoint
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.schema import Artifact, Record, TokenizerInfo, read_artifact, write_artifact
 from ropewalk.stages.training.model import ModelConfig
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 NAME = "train"
 VERSION = 1
+check = check_checkpoint
 
 
 class Phase(Record):
@@ -122,6 +124,11 @@ def run(config: TrainConfig, inputs: Mapping[str, Path], output: Output, context
     write_artifact(output.data, _artifact(job, measured))
     _write_observed(output.observed, job, measured)
     context.log({"num_parameters": measured.num_parameters, "num_tokens": job.num_steps * config.batch_tokens})
+
+
+def gang_size(config: TrainConfig) -> int:
+    """Processes that must run at once, so that a cluster without room for them is refused before anything starts."""
+    return config.world_size
 
 
 def prepare(config: TrainConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> Job:

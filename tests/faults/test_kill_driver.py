@@ -8,23 +8,24 @@ from pathlib import Path
 
 import pytest
 from engine import run, statuses
+from faults import invariants
+from faults.points import POINTS
 from toy_stages import diamond, executions
 
+from ropewalk.infra.store import Store
+
 DRIVER = Path(__file__).with_name("crashing_driver.py")
-POINTS = {
-    "attempt begun": False,
-    "data written": False,
-    "before the manifest": False,
-    "before the commit": False,
-    "after the commit": True,
-    "before the scratch is dropped": True,
-    "before it is recorded": True,
-}
-"""Points, and whether the step counts as committed there."""
+COMMITTED = {"after the commit", "before the release", "before it is recorded"}
+"""Points at which the step counts as committed."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return [step.commit.digest for step in run(diamond(), tmp_path_factory.mktemp("undisturbed")).steps]
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_at_any_point_the_next_run_completes_with_equal_digests(tmp_path, monkeypatch, point):
+def test_killed_at_any_point_the_next_run_completes_with_equal_digests(tmp_path, monkeypatch, point, undisturbed):
     monkeypatch.setenv("TOY_COUNTER", str(tmp_path))
     root = tmp_path / "store"
     killed = subprocess.run([sys.executable, str(DRIVER), str(root), point, "right"], env=os.environ, check=False)
@@ -32,12 +33,11 @@ def test_killed_at_any_point_the_next_run_completes_with_equal_digests(tmp_path,
     before = executions(tmp_path)
     (tmp_path / "executions").write_text("")
     again = run(diamond(), root)
-    expected = {"first": "reused", "left": "reused", "right": "reused" if POINTS[point] else "ran", "last": "ran"}
-    if point == "before it is recorded":
-        # The first record after `right` began is its own end: the commit stands.
-        expected["right"] = "reused"
+    expected = {"first": "reused", "left": "reused", "right": "reused" if point in COMMITTED else "ran", "last": "ran"}
     assert statuses(again) == expected
     assert executions(tmp_path).count("number") == 0 and before.count("number") == 1
-    monkeypatch.delenv("TOY_COUNTER")
-    undisturbed = run(diamond(), tmp_path / "undisturbed")
-    assert [s.commit.digest for s in again.steps] == [s.commit.digest for s in undisturbed.steps]
+    assert [step.commit.digest for step in again.steps] == undisturbed
+    store = Store(root)
+    assert list(invariants.broken_commits(store, excused=())) == []
+    assert list(invariants.broken_leases(store, drivers_ended=True)) == []
+    assert list(invariants.broken_records(store)) == []

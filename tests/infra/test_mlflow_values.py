@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name
 
-from ropewalk.infra import mlflow_values
-from ropewalk.infra.mlflow_values import MAX_PARAM_CHARACTERS, artifact_facts, name_for_mlflow, params_of, small_files
+from ropewalk.infra.mlflow_values import (
+    MAX_PARAM_CHARACTERS,
+    MAX_UPLOAD_BYTES,
+    MAX_UPLOADS,
+    name_for_mlflow,
+    params_of,
+    shown_files,
+)
 
 
 @given(st.text(min_size=1, max_size=300))
@@ -37,37 +40,21 @@ def test_params_are_flat_exact_and_visibly_cut() -> None:
     assert params_of({}) == {}
 
 
-def test_only_small_readable_files_of_the_artifact_itself_are_uploaded(tmp_path: Path) -> None:
-    data = tmp_path / "attempt" / "data"
-    (data / "plots").mkdir(parents=True)
-    (tmp_path / "attempt" / "observed").mkdir()
-    (tmp_path / "secret.txt").write_text("outside")
-    (data / "link.txt").symlink_to(tmp_path / "secret.txt")
-    (data / "rows-00000.parquet").write_bytes(b"")
-    (data / "plots" / "a.PNG").write_bytes(b"")
-    with (data / "large.json").open("wb") as file:
-        file.truncate(mlflow_values.MAX_UPLOAD_BYTES + 1)
-    (tmp_path / "attempt" / "observed" / "times.csv").write_text("")
-    (tmp_path / "attempt" / "manifest.json").write_text("[]")
-    files, left_out = small_files(str(data))
-    assert [(path.name, folder) for path, folder in files] == [
-        ("a.PNG", "data/plots"),
-        ("times.csv", "observed"),
-        ("manifest.json", ""),
+def test_only_small_readable_files_of_the_attempt_itself_are_shown() -> None:
+    def entry(path: str, size: int = 1) -> dict[str, object]:
+        return {"path": path, "size": size}
+
+    files = [
+        entry("observed/times.csv"),
+        entry("data/rows-00000.parquet"),
+        entry("data/plots/a.PNG"),
+        entry("data/large.json", MAX_UPLOAD_BYTES + 1),
+        entry("data/../../secret.txt"),
+        entry("/etc/motd.txt"),
     ]
-    assert left_out == 1
-    for number in range(60):
-        (data / f"{number:02d}.txt").write_text("")
-    files, left_out = small_files(str(data))
-    assert len(files) == mlflow_values.MAX_UPLOADS + 1
-    assert left_out == 1 + 60 + 2 - mlflow_values.MAX_UPLOADS
-
-
-def test_a_bare_model_folder_counts_as_a_checkpoint_and_anything_else_as_unknown(tmp_path: Path) -> None:
-    assert artifact_facts(str(tmp_path)) == {}
-    assert artifact_facts(str(tmp_path / "missing")) == {}
-    assert artifact_facts("s3://bucket/model") == {}
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert artifact_facts(str(tmp_path)) == {"kind": "checkpoint"}
-    (tmp_path / "artifact.json").write_text(json.dumps({"kind": "report"}))
-    assert artifact_facts(str(tmp_path)) == {"kind": "report"}
+    assert shown_files(files) == (["data/plots/a.PNG", "observed/times.csv", "manifest.json"], 3)
+    files += [entry(f"data/{number:02d}.txt") for number in range(60)]
+    shown, left_out = shown_files(files)
+    assert len(shown) == MAX_UPLOADS + 1
+    assert left_out == 3 + 60 + 2 - MAX_UPLOADS
+    assert shown_files([]) == ([], 0)

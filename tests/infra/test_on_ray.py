@@ -1,10 +1,9 @@
 """The same graphs on Ray: steps as tasks, map and gang as Ray workers."""
 
-import json
 import time
 
 import pytest
-from engine import run, statuses
+from engine import run, statuses, value_of
 from toy_stages import Config, NumberConfig, diamond, executions, failing, number, parallel, total
 
 from ropewalk.infra.on_ray import RayExecutor
@@ -12,17 +11,7 @@ from ropewalk.infra.record import read_events
 from ropewalk.infra.step import Pipeline, Resources, Step, UserError
 from ropewalk.infra.store import Store
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def counter(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOY_COUNTER", str(tmp_path))
-
-
-def value_of(result, step):
-    commit = next(s.commit for s in result.steps if s.name == step)
-    return json.loads((commit.attempt.data / "value.json").read_text())
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("counter")]
 
 
 def test_a_pipeline_on_ray_gives_the_digests_of_a_local_run(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine import plan, run, statuses
+from engine import plan, run, statuses, value_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_stages import Config, NumberConfig, diamond, executions, failing, number, total
@@ -15,15 +15,7 @@ from ropewalk.infra.record import read_events
 from ropewalk.infra.step import External, Pipeline, Step, UserError
 from ropewalk.infra.store import Store
 
-
-@pytest.fixture(autouse=True)
-def counter(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOY_COUNTER", str(tmp_path))
-
-
-def value_of(result, step):
-    commit = next(s.commit for s in result.steps if s.name == step)
-    return json.loads((commit.attempt.data / "value.json").read_text())
+pytestmark = pytest.mark.usefixtures("counter")
 
 
 def test_a_second_run_reuses_everything_and_executes_nothing(tmp_path):
@@ -250,8 +242,8 @@ def test_secrets_in_configs_reach_no_file_of_the_store(tmp_path):
 
 
 def test_unusable_store_uri_is_refused():
-    with pytest.raises(UserError, match="s3://bucket"):
-        Store("s3://bucket")
+    with pytest.raises(UserError, match="ftp://host/folder"):
+        Store("ftp://host/folder")
 
 
 def test_external_globs(tmp_path):

@@ -19,15 +19,25 @@ import pytest
 import toy_stages
 from run_records import RecordBuilder, store_with_database, write_quickstart_run
 
-from ropewalk.infra import tracking
+from ropewalk.infra import tracker, tracking
 from ropewalk.infra.mlflow_database import default_tracking_uri, open_client
+from ropewalk.infra.process import process_start
 from ropewalk.infra.step import UserError
-from ropewalk.infra.tracking import TrackingError, mlflow_run_id, sync
+from ropewalk.infra.store import Store
+from ropewalk.infra.tracker import TrackingError
 
 
 @pytest.fixture(autouse=True)
 def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def sync(root: Path, run_id: str, **how: Any) -> None:
+    tracking.sync(Store(root), run_id, **how)
+
+
+def mlflow_run_id(root: Path, run_id: str) -> str | None:
+    return tracking.mlflow_run_id(Store(root), run_id)
 
 
 @pytest.fixture
@@ -118,9 +128,9 @@ def small_record(root: Path, run_id: str) -> RecordBuilder:
 
 
 class Faulty:
-    """MLflow's client with a fault before or after its n-th call; everything else is real."""
+    """MLflow's client with a fault before or after some of its calls, counted from 1; everything else is real."""
 
-    def __init__(self, client: Any, fault: BaseException | None, at: int = 0, *, after: bool = False) -> None:
+    def __init__(self, client: Any, fault: BaseException | None, *at: int, after: bool = False) -> None:
         self._client, self._fault, self._at, self._after = client, fault, at, after
         self.calls = 0
 
@@ -129,10 +139,11 @@ class Faulty:
 
         def call(*arguments: Any, **named: Any) -> Any:
             self.calls += 1
-            if self._fault and self.calls == self._at and not self._after:
+            number = self.calls
+            if self._fault and number in self._at and not self._after:
                 raise self._fault
             answer = method(*arguments, **named)
-            if self._fault and self.calls == self._at:
+            if self._fault and number in self._at:
                 raise self._fault
             return answer
 
@@ -373,15 +384,13 @@ def test_the_end_of_a_run_closes_what_is_still_open(shared: Path, status: str, e
 def test_a_run_whose_driver_died_is_killed_and_one_on_another_machine_is_not(shared: Path) -> None:
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     for run_id, expected in (("run-dead", "KILLED"), ("run-elsewhere", "RUNNING")):
-        record = RecordBuilder(shared, run_id, "drivers")
+        driver = {"pid": int(gone.stdout), "process_started": 1.0}
+        if run_id == "run-elsewhere":
+            driver |= {"host": "another-machine"}
+        record = RecordBuilder(shared, run_id, "drivers", driver=driver)
         record.start(train={})
         record.begin("train")
-        if run_id == "run-elsewhere":
-            driver = {"host": "another-machine", "pid": int(gone.stdout), "started": 1.0}
-            (record.folder / "mlflow.json").write_text(json.dumps({"driver": driver}))
-            sync(shared, run_id)
-        else:
-            sync(shared, run_id, parent_pid=int(gone.stdout))
+        sync(shared, run_id)
         runs = runs_of(shared, run_id)
         assert {run.info.status for run in runs.values()} == {expected}
     assert "without a word" in runs_of(shared, "run-dead")["train"].data.tags["ropewalk.ended"]
@@ -403,7 +412,7 @@ def test_being_killed_at_any_call_loses_and_doubles_nothing(
     store: Path, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:
     counting = Faulty(client_of(store), None)
-    monkeypatch.setattr(tracking, "open_client", lambda uri: counting)
+    monkeypatch.setattr(tracker, "open_client", lambda uri: counting)
     small_record(store, "undisturbed")
     sync(store, "undisturbed")
     expected = content(store, "undisturbed")
@@ -413,11 +422,11 @@ def test_being_killed_at_any_call_loses_and_doubles_nothing(
         run_id = f"killed-{at}"
         small_record(store, run_id)
         faulty = Faulty(client_of(store), Killed(), at, after=bool(number % 3))
-        monkeypatch.setattr(tracking, "open_client", lambda uri, faulty=faulty: faulty)
+        monkeypatch.setattr(tracker, "open_client", lambda uri, faulty=faulty: faulty)
         with contextlib.suppress(Killed):
             sync(store, run_id)
             pytest.fail("the fault was not met")
-        monkeypatch.setattr(tracking, "open_client", open_client)
+        monkeypatch.setattr(tracker, "open_client", open_client)
         sync(store, run_id)
         assert content(store, run_id) == expected, at
         killed.append(at)
@@ -468,7 +477,7 @@ def test_a_broken_line_is_named(store: Path) -> None:
 
 
 def test_an_unknown_run_is_named(store: Path) -> None:
-    with pytest.raises(TrackingError, match="no run 'nothing'"):
+    with pytest.raises(UserError, match="no run is called 'nothing'"):
         sync(store, "nothing")
 
 
@@ -485,7 +494,7 @@ def test_an_event_that_mlflow_refuses_is_marked_and_does_not_block_the_rest(
             self._client.log_batch(run_id, metrics=metrics, **rest)
 
     small_record(store, "run")
-    monkeypatch.setattr(tracking, "open_client", lambda uri: Refusing(open_client(uri), None))
+    monkeypatch.setattr(tracker, "open_client", lambda uri: Refusing(open_client(uri), None))
     sync(store, "run")
     runs = runs_of(store, "run")
     assert runs["run"].info.status == "FINISHED"
@@ -496,24 +505,20 @@ def test_an_event_that_mlflow_refuses_is_marked_and_does_not_block_the_rest(
 # While it grows, and outages
 
 
-def test_an_outage_during_the_run_is_ridden_out(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("after", [False, True])
+def test_an_outage_during_the_run_is_ridden_out(store: Path, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
     from mlflow.exceptions import MlflowException
 
     small_record(store, "run")
     sync(store, "run")
     expected = content(store, "run")
     small_record(store, "flaky")
-    clients: list[Faulty] = []
-
-    def flaky(uri: str) -> Faulty:
-        fault = MlflowException("connection refused") if len(clients) < 3 else None
-        clients.append(Faulty(open_client(uri), fault, at=4 * (len(clients) + 1), after=len(clients) == 1))
-        return clients[-1]
-
-    monkeypatch.setattr(tracking, "open_client", flaky)
-    monkeypatch.setattr(tracking, "FIRST_BACKOFF_SECONDS", 0.01)
-    sync(store, "flaky", follow=True, parent_pid=os.getpid())
-    assert len(clients) == 4
+    fault = MlflowException("connection refused")
+    flaky = Faulty(open_client(default_tracking_uri(store)), fault, 4, 9, 20, 40, after=after)
+    monkeypatch.setattr(tracker, "open_client", lambda uri: flaky)
+    monkeypatch.setattr(tracker, "FIRST_BACKOFF_SECONDS", 0.01)
+    sync(store, "flaky", follow=True)
+    assert flaky.calls > 40
     assert content(store, "flaky") == expected
 
 
@@ -527,7 +532,7 @@ def test_mlflow_being_down_is_one_clear_sentence(store: Path, monkeypatch: pytes
 
 
 def test_after_the_run_mlflow_is_waited_for_only_so_long(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(tracker, "PATIENCE_SECONDS", 1.5)
     small_record(store, "run")
     began = time.monotonic()
     with pytest.raises(TrackingError, match=r"MLflow has only the first 0 events .* `ropewalk sync run` catches up"):
@@ -540,7 +545,7 @@ def test_the_child_process_follows_a_run_to_its_end(store: Path, monkeypatch: py
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     record = RecordBuilder(store, "live", "live")
     assert mlflow_run_id(store, "live") is None
-    child = tracking.start(store, "live")
+    child = tracking.start(Store(store), "live")
     try:
         record.start(train={})
         record.begin("train")
@@ -561,15 +566,19 @@ def test_the_child_process_follows_a_run_to_its_end(store: Path, monkeypatch: py
 
 
 def test_the_child_process_outlives_a_killed_driver_and_closes_its_run(store: Path) -> None:
-    record = RecordBuilder(store, "orphan", "orphan")
+    code = (
+        "import sys, time; from ropewalk.infra import tracking; from ropewalk.infra.store import Store; sys.stdin.read();"
+        "print(tracking.start(Store(sys.argv[1]), 'orphan').pid, flush=True); time.sleep(600)"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, str(store)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdin is not None and driver.stdout is not None
+    process = {"pid": driver.pid, "process_started": process_start(driver.pid)}
+    record = RecordBuilder(store, "orphan", "orphan", driver=process)
     record.start(train={})
     record.begin("train")
-    code = (
-        "import sys, time; from pathlib import Path; from ropewalk.infra import tracking;"
-        "print(tracking.start(Path(sys.argv[1]), 'orphan').pid, flush=True); time.sleep(600)"
-    )
-    driver = subprocess.Popen([sys.executable, "-c", code, str(store)], stdout=subprocess.PIPE, text=True)
-    assert driver.stdout is not None
+    driver.stdin.close()
     child_pid = int(driver.stdout.readline())
     # What a terminal does on Ctrl-C reaches the driver's group, not the child.
     assert os.getpgid(child_pid) != os.getpgid(driver.pid)

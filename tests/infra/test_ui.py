@@ -8,26 +8,28 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_records import store_with_database, write_quickstart_run
+from run_records import RecordBuilder, store_with_database, write_quickstart_run
 
 from ropewalk.infra import doctor
 from ropewalk.infra.mlflow_database import default_tracking_uri, open_client
-from ropewalk.infra.record import process_start
+from ropewalk.infra.process import process_start
 from ropewalk.infra.step import UserError
+from ropewalk.infra.store import Store
 from ropewalk.infra.tracking import mlflow_run_id, sync
 from ropewalk.infra.ui import live_dashboards, mlflow_server, serve_ui
 
 SERVE = """
 import json, sys
-from pathlib import Path
+from ropewalk.infra.store import Store
 from ropewalk.infra.ui import serve_ui
-sys.exit(serve_ui(Path(sys.argv[1]), port=0, on_ready=lambda facts: print(json.dumps(facts), flush=True)))
+sys.exit(serve_ui(Store(sys.argv[1]), port=0, on_ready=lambda facts: print(json.dumps(facts), flush=True)))
 """
 
 
@@ -41,6 +43,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
     """A store with a finished run, and a process that serves it."""
     root = store_with_database(tmp_path_factory.mktemp("served"))
     write_quickstart_run(root, "run-1", steps=3)
+    older = RecordBuilder(root, "run-0", "quickstart-before")
+    older.start(train={})
+    older.finish()
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE, str(root)], stdout=subprocess.PIPE, text=True, env=environment
@@ -48,7 +53,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
     assert process.stdout is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        sync(root, "run-1")
+        sync(Store(root), "run-1")
     yield root, json.loads(process.stdout.readline()), process
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 0
@@ -64,9 +69,18 @@ def test_the_ui_shows_the_stores_runs_and_their_files(served: tuple[Path, dict[s
     root, facts, _ = served
     assert facts["ray_dashboards"] == []
     assert b"MLflow" in get(facts["mlflow_url"])
-    run = mlflow_run_id(root, "run-1")
+    run = mlflow_run_id(Store(root), "run-1")
     shown = get(f"{facts['mlflow_url']}/get-artifact?path=report/data/report.html&run_uuid={run}")
     assert shown == b"<h1>Report</h1>"
+
+
+def test_the_ui_brings_runs_to_mlflow_that_it_does_not_have(served: tuple[Path, dict[str, Any], Any]) -> None:
+    root, _, _ = served
+    deadline = time.monotonic() + 60
+    while (shown := mlflow_run_id(Store(root), "run-0")) is None:
+        assert time.monotonic() < deadline, (root / "tracking.log").read_text()
+        time.sleep(0.1)
+    assert open_client(default_tracking_uri(root)).get_run(shown).data.tags["ropewalk.run_id"] == "run-0"
 
 
 def test_the_ui_listens_on_loopback_only(served: tuple[Path, dict[str, Any], Any]) -> None:
@@ -83,8 +97,8 @@ def test_a_run_written_through_the_server_is_the_same(
     root, facts, _ = served
     write_quickstart_run(tmp_path, "run-2", steps=3)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", facts["mlflow_url"])
-    sync(tmp_path, "run-2")
-    sync(tmp_path, "run-2")
+    sync(Store(tmp_path), "run-2")
+    sync(Store(tmp_path), "run-2")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     client = open_client(default_tracking_uri(root))
 
@@ -147,7 +161,7 @@ def test_a_foreign_server_is_only_pointed_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@tracking.example")
-    assert serve_ui(tmp_path) == 0
+    assert serve_ui(Store(tmp_path)) == 0
     shown = capsys.readouterr().out
     assert "https://***@tracking.example" in shown and "secret" not in shown
     assert "none, no run is going on" in shown
@@ -155,7 +169,7 @@ def test_a_foreign_server_is_only_pointed_to(
 
 def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--host 192\.0\.2\.1 is no address of this machine"):
-        serve_ui(store_with_database(tmp_path), host="192.0.2.1")
+        serve_ui(Store(store_with_database(tmp_path)), host="192.0.2.1")
 
 
 def test_only_dashboards_of_living_runs_are_shown(tmp_path: Path) -> None:

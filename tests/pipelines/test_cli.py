@@ -97,6 +97,7 @@ def test_plan_says_what_would_run_and_why(home, first_run):
         "status": "may-run",
         "key": None,
         "reason": "depends on the output of first",
+        "reasons": [{"kind": "upstream", "text": "depends on the output of first", "steps": ["first"]}],
     }
 
 
@@ -120,7 +121,7 @@ def test_explain_names_the_changed_fields(home, first_run):
         (("run", "doubling.py", "--param", "start=x"), "--param start"),
         (("run", "doubling.py", "--only", "thrid"), "no step is called 'thrid'"),
         (("run", "doubling.py", "--executor", "slurm"), "--executor slurm: known are ray and local"),
-        (("run", "doubling.py", "--store", "s3://bucket"), "--store s3://bucket"),
+        (("run", "doubling.py", "--store", "ftp://host"), "--store ftp://host"),
         (("explain", "doubling.py", "third"), "no step is called 'third'"),
         (("show", "20200101-000000-0000"), "no run is called '20200101-000000-0000'"),
     ],
@@ -153,7 +154,7 @@ def test_a_failing_stage_is_told_in_one_sentence_with_the_traceback_in_its_log(h
 def test_ctrl_c_cancels_the_run_and_commits_nothing_half_done(home, first_run, executor):
     words = ("run", "doubling.py", "--executor", executor, "--set", "second.value=60", "--json")
     command = [sys.executable, "-m", "ropewalk.pipelines.cli", *words]
-    environment = {**os.environ, "ROPEWALK_STORE": str(home / "store")}
+    environment = {**os.environ, "ROPEWALK_STORE": str(home / "store"), "ROPEWALK_GRACE_SECONDS": "1"}
     driver = subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, text=True)
     began = time.monotonic()
     while not any(run["pid"] == driver.pid and run["running"] for run in running_runs(home)):
@@ -185,6 +186,39 @@ def test_status_show_and_rerun_speak_of_runs(home, first_run):
     assert [s["status"] for s in again["steps"]] == ["ran", "reused"]
     text = ropewalk(home, "status").stdout + ropewalk(home, "show", "last").stdout
     assert "doubling" in text
+
+
+def test_rerun_asks_for_the_failed_part_or_a_part_from_a_step_on(home, first_run):
+    words = ("run", "doubling.py", "--executor", "local", "--json")
+    failed = last_json(ropewalk(home, *words, "--set", "second.value=13", code=1))["run_id"]
+    again = last_json(ropewalk(home, "rerun", failed, "--failed", "--executor", "local", "--json", code=1))
+    assert [s["status"] for s in again["steps"]] == ["reused", "failed"]
+    only = last_json(ropewalk(home, *words, "--only", "first"))["run_id"]
+    same = last_json(ropewalk(home, "rerun", only, "--executor", "local", "--json"))
+    assert [s["status"] for s in same["steps"]] == ["reused", "reused"]
+    second = last_json(ropewalk(home, "rerun", only, "--from", "second", "--executor", "local", "--json"))
+    assert [(s["status"], s["reason"]) for s in second["steps"]] == [("reused", "up to date"), ("ran", "forced")]
+    refused = last_json(ropewalk(home, "rerun", only, "--failed", "--json", code=1))["error"]
+    assert refused == f"no step of run {only} failed; `ropewalk rerun {only}` asks for all of it again"
+    both = last_json(ropewalk(home, "rerun", only, "second", "--failed", "--json", code=1))["error"]
+    assert both == "rerun takes one of STEP, --failed and --from; leave the others out"
+
+
+def test_show_tells_every_attempt(home, first_run):
+    failed = last_json(
+        ropewalk(home, "run", "doubling.py", "--executor", "local", "--set", "second.value=13", "--json", code=1)
+    )["run_id"]
+    (attempt,) = last_json(ropewalk(home, "show", failed, "second", "--json"))["attempts"]
+    assert attempt["kind"] == "user" and attempt["error"] == "value: 13 is not allowed"
+
+
+def test_status_watch_goes_on_until_ctrl_c(home, first_run):
+    command = [sys.executable, "-m", "ropewalk.pipelines.cli", "status", "--watch", "--store", str(home / "store")]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    time.sleep(4)
+    watching.send_signal(signal.SIGINT)
+    shown, _ = watching.communicate(timeout=20)
+    assert watching.returncode == 0 and first_run["run_id"] in shown and "Ctrl-C ends this" in shown
 
 
 def test_plan_and_help_import_nothing_heavy(home):

@@ -57,6 +57,27 @@ def test_a_failure_says_why_and_square_brackets_are_no_markup() -> None:
     assert lines[-1].endswith(f"train: failed after 1.0 s: {error}")
 
 
+def test_waits_and_other_attempts_are_told_and_shown() -> None:
+    failed = {"type": "attempt_failed", "step": "train", "seconds": 3.0, "kind": "infrastructure", "time": 3.0}
+    failed |= {"error": "ConnectionError: reset", "retry_in_seconds": 2.0}
+    locked = {"type": "step_waiting", "step": "report", "reason": "locked by run r (process 7 on far)", "time": 4.0}
+    lines = plain(START, failed, locked)
+    assert lines[1].endswith(
+        "train: attempt failed (infrastructure), the next one follows in 2.0 s: ConnectionError: reset"
+    )
+    assert lines[2].endswith("report: waiting, locked by run r (process 7 on far)")
+    shown = table(START, failed, locked)
+    assert "retrying" in shown and "ConnectionError: reset" in shown
+    assert "locked" in shown and "locked by run r" in shown
+
+
+def test_trouble_is_told_beside_the_live_table() -> None:
+    text = io.StringIO()
+    with Display(["train"], Console(file=text, force_terminal=True, width=120)) as display:
+        display({"type": "warning", "step": "train", "text": "the lease could not be renewed: no answer"})
+    assert "train: warning: the lease could not be renewed: no answer" in text.getvalue()
+
+
 def test_progress_is_told_every_tenth_or_every_ten_seconds() -> None:
     quick = plain(START, *[progress(i / 1000, i) for i in range(1, 1001)])
     assert [line.split()[2] for line in quick[1:]] == [f"{tenth}0%," for tenth in range(1, 11)]

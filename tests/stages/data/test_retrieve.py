@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_invariants import candidate_lists
 
-from ropewalk.stages.context import LocalContext
-from ropewalk.stages.data.retrieve import Bm25Neighbours, RandomNeighbours, build_index
+from ropewalk.stages.data.retrieve import RandomNeighbours, build_index
 
 quick = settings(deadline=None, max_examples=40)
 WORDS = ["rope", "walk", "strand", "hemp", "yarn", "tar", "lane", "hook", "sled", "top"]
@@ -86,7 +86,7 @@ def test_a_document_never_finds_itself_though_its_copies_come_first():
 def test_the_nearest_unused_are_those_of_a_query_made_anew(data, k, num_candidates):
     texts = make_texts(20, seed=3)
     index = index_of(texts)
-    neighbours = Bm25Neighbours.build(index, num_candidates, LocalContext(work=None))
+    neighbours = candidate_lists(index, num_candidates)
     unused = np.array(data.draw(st.lists(st.booleans(), min_size=20, max_size=20)))
     document = data.draw(st.integers(0, 19))
     hits = neighbours.nearest_unused(document, k, unused, np.random.default_rng(0))

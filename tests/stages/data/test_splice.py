@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from row_invariants import (
     EOS,
     assert_rows_are_sound,
+    candidate_lists,
     numbered_documents,
     run_stage,
     write_documents,
     write_tokens,
 )
 
-from ropewalk.stages.context import LocalContext
 from ropewalk.stages.data import splice
-from ropewalk.stages.data.retrieve import Bm25Neighbours, RandomNeighbours, build_index
+from ropewalk.stages.data.retrieve import RandomNeighbours, build_index
 from ropewalk.stages.schema import read_artifact, read_table, seeded_rng
 
 quick = settings(deadline=None, max_examples=60)
@@ -45,7 +45,7 @@ def topic_of(doc_id):
 
 def make_neighbours(texts, num_candidates=4):
     index = build_index(list(texts), texts.items())
-    return Bm25Neighbours.build(index, num_candidates, LocalContext(work=None))
+    return candidate_lists(index, num_candidates)
 
 
 def slow_splice(lengths, scores, *, row_tokens, k, order, min_remainder, seed):

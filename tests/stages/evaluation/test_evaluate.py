@@ -59,7 +59,7 @@ class Workers(LocalContext):
         import pickle
 
         items = list(items)
-        copies = [pickle.loads(pickle.dumps(function)) for _ in range(2)]
+        copies = [pickle.loads(pickle.dumps(function))() for _ in range(2)]
         order = list(enumerate(items))
         random.Random(1).shuffle(order)
         done = {index: copies[number % 2](item) for number, (index, item) in enumerate(order)}
@@ -85,10 +85,11 @@ def test_output_does_not_depend_on_workers_or_on_their_order(first, tmp_path, in
 def test_a_new_attempt_keeps_finished_units_and_gives_the_same_bytes(first, tmp_path, inputs):
     class Dying(LocalContext):
         def map(self, function, items, *, resources=None):
+            call = function()
             for number, item in enumerate(items):
                 if number == 4:
                     raise RuntimeError("node lost")
-                yield function(item)
+                yield call(item)
 
     with pytest.raises(RuntimeError, match="node lost"):
         evaluate_into(tmp_path, CONFIG, inputs, Dying)

@@ -1,0 +1,131 @@
+"""An artifact: the attempt that made it, the manifest of its files, the digest they make together, its commit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ropewalk.infra.key import FORMAT_VERSION, canonical_json, sha256_hex
+from ropewalk.infra.objects import file_sha256, sync_file, sync_folder
+
+PARTS = ("data", "observed")
+Entry = dict[str, Any]
+"""A file: `path` relative to the attempt's folder, `size` in bytes, `sha256` in hex."""
+
+
+class StoreError(Exception):
+    """An artifact cannot be read or committed; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a step: a folder of its own that nobody else writes."""
+
+    key: str
+    name: str
+    folder: Path
+    """On this machine."""
+
+    @property
+    def data(self) -> Path:
+        """The artifact's files."""
+        return self.folder / "data"
+
+    @property
+    def observed(self) -> Path:
+        """Measurements."""
+        return self.folder / "observed"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A committed output."""
+
+    key: str
+    number: int
+    attempt: Attempt
+    digest: str
+    record: dict[str, Any]
+    uri: str
+    """Where the artifact's data lies in the store."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data."""
+        return sum(entry["size"] for entry in data_files(self.record["files"]))
+
+    @property
+    def num_files(self) -> int:
+        """Number of files of the data."""
+        return len(data_files(self.record["files"]))
+
+    @property
+    def output(self) -> dict[str, Any]:
+        """The output as reports and records show it."""
+        return {"uri": self.uri, "digest": self.digest}
+
+
+def describe(folder: Path) -> list[Entry]:
+    """The files of an attempt. Raises StoreError for what cannot be committed."""
+    paths = []
+    for part in PARTS:
+        for path in sorted((folder / part).rglob("*")):
+            if path.is_symlink():
+                raise StoreError(f"{path}: symbolic links cannot be committed")
+            if path.is_file():
+                paths.append(path)
+            elif not path.is_dir():
+                raise StoreError(f"{path}: only files and folders can be committed")
+    with ThreadPoolExecutor(max_workers=num_threads()) as pool:
+        digests = list(pool.map(file_sha256, paths))
+    return [
+        {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
+    ]
+
+
+def make_durable(folder: Path, files: Sequence[Entry]) -> None:
+    """Sync the files of an attempt, and the folders that they lie in."""
+    paths = [folder / entry["path"] for entry in files]
+    with ThreadPoolExecutor(max_workers=num_threads()) as pool:
+        list(pool.map(sync_file, paths))
+    for parent in {parent for path in paths for parent in path.parents if parent.is_relative_to(folder)}:
+        sync_folder(parent)
+
+
+def manifest_text(key: str, files: Sequence[Entry]) -> str:
+    """The manifest as it is stored."""
+    return canonical_json({"format": FORMAT_VERSION, "key": key, "files": files}) + "\n"
+
+
+def parse_manifest(content: bytes, name: str) -> list[Entry]:
+    """The files of a manifest. Raises StoreError naming it, also for a path that leaves the attempt's folder."""
+    try:
+        files = json.loads(content)["files"]
+        for path in (PurePosixPath(entry["path"]) for entry in files):
+            if path.is_absolute() or ".." in path.parts or path.parts[0] not in PARTS:
+                raise StoreError(f"{name}: path {str(path)!r} leaves the attempt's folder")
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise StoreError(f"{name}: not a manifest: {error!r}") from None
+    return files
+
+
+def data_files(files: Sequence[Entry]) -> list[Entry]:
+    """The files of the artifact, measurements left out."""
+    return [entry for entry in files if entry["path"].startswith("data/")]
+
+
+def output_digest(files: Sequence[Entry]) -> str:
+    """sha256 of the canonical JSON of the sorted [path, size, sha256] of `data/`, paths relative to it."""
+    rows = [[e["path"].removeprefix("data/"), e["size"], e["sha256"]] for e in data_files(files)]
+    return sha256_hex(canonical_json(sorted(rows)))
+
+
+def num_threads() -> int:
+    """How many files to read or sync at once."""
+    return min(8, os.cpu_count() or 1)

@@ -1,0 +1,108 @@
+"""What processes need, what a Ray cluster has, and why it lost a node."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ropewalk.infra.step import Resources, UserError
+
+LOOK_AGAIN_SECONDS = 1.0
+
+
+def ray_needs(resources: Resources) -> dict[str, float]:
+    """Resources by the names under which Ray's nodes list them; memory in bytes."""
+    found = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
+    if resources.memory_gib is not None:
+        found["memory"] = int(resources.memory_gib * 2**30)
+    return {name: amount for name, amount in found.items() if amount}
+
+
+def ray_options(resources: Resources) -> dict[str, Any]:
+    """Resources as the options of a Ray task or actor."""
+    found = ray_needs(resources)
+    options: dict[str, Any] = {"num_cpus": found.pop("CPU", 0), "num_gpus": found.pop("GPU", 0)}
+    if "memory" in found:
+        options["memory"] = found.pop("memory")
+    return {**options, "resources": found}
+
+
+def places(resources: Resources) -> int:
+    """How many processes with these needs the cluster holds at once when it is idle, counted node by node."""
+    wanted = ray_needs(resources) or {"CPU": 1}
+    return sum(int(min(node.get(name, 0) / amount for name, amount in wanted.items()) + 1e-9) for node in _nodes())
+
+
+def require_room(
+    who: str,
+    resources: Resources,
+    num_processes: int = 1,
+    wait_seconds: float = 0.0,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> None:
+    """Wait until the cluster is large enough for processes that run at once; an autoscaler is asked for the room.
+
+    Raises UserError saying what is missing if it is not, `wait_seconds` later.
+    """
+    wanted = ray_needs(resources)
+    if not wanted or places(resources) >= num_processes:
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[wanted] * num_processes)
+    deadline = time.monotonic() + wait_seconds
+    try:
+        while places(resources) < num_processes:
+            if time.monotonic() >= deadline or cancelled():
+                raise UserError(f"{who} needs {_missing(wanted, num_processes, places(resources))}")
+            time.sleep(LOOK_AGAIN_SECONDS)
+    finally:
+        request_resources(bundles=[])
+
+
+def _missing(wanted: Mapping[str, float], num_processes: int, have: int) -> str:
+    """What the cluster lacks, in words."""
+    advice = "ask for less in the step's resources, or wait for more nodes with --wait-for-resources SECONDS"
+    largest = {name: max((node.get(name, 0) for node in _nodes()), default=0) for name in wanted}
+    lacking = [name for name, amount in wanted.items() if amount > largest[name]]
+    if lacking:
+        name = lacking[0]
+        found = f"the cluster has {_in_words(name, largest[name])} on its largest node"
+        return f"{_in_words(name, wanted[name])}; {found}: {advice}"
+    each = ", ".join(_in_words(name, amount) for name, amount in wanted.items())
+    if have == 0:
+        return f"{each} on one node; no node of the cluster has all of it: {advice}"
+    return f"{num_processes} workers at once, each with {each}; the cluster has room for {have}: {advice}"
+
+
+def _in_words(name: str, amount: float) -> str:
+    return f"{amount / 2**30:.3g} GiB of memory" if name == "memory" else f"{amount:g} {name}"
+
+
+def _nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def mark_preemption(error: Exception, node: str | None = None) -> Exception:
+    """Note on the error of a task that died whether its node was being taken away, as Ray itself does for actors.
+
+    The node is `node`, or the one that the error names.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated import common_pb2
+
+    deaths: Any = common_pb2  # Its classes are made at import time, where type checkers do not see them.
+
+    named = re.search(r"node ID: (\w+)", str(error))
+    lost = named[1] if named else node
+    # Until Ray has noticed that the node is gone, it is one that drains; afterwards its entry says why.
+    reasons = {entry["NodeID"]: entry["DeathReason"] for entry in ray.nodes() if not entry["Alive"]}
+    drained = lost in state.get_draining_nodes() or reasons.get(lost) == deaths.NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
+    if drained:
+        error.preempted = True  # pyright: ignore[reportAttributeAccessIssue]
+    return error

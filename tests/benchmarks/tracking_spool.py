@@ -1,0 +1,80 @@
+"""Memory and processor time of the tracking process over a long record: while MLflow is down, and catching up.
+
+    python tests/benchmarks/tracking_spool.py --events 500000
+
+Writes a record of so many metric events and lets the real tracking process at it, first with a server that refuses,
+then with sqlite, and the same for a short record. Memory must not grow with the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from run_records import RecordBuilder, store_with_database
+
+DOWN = "http://127.0.0.1:9"
+OUTAGE_SECONDS = 30.0
+
+
+def write_record(root: Path, num_events: int) -> RecordBuilder:
+    """A training run with one metric event a step that has not ended."""
+    record = RecordBuilder(root, "run", "spool")
+    record.start(train={})
+    record.begin("train")
+    event = {"type": "metrics", "step": "train", "attempt": "a1", "about": None}
+    with record.path.open("a") as file:
+        for number in range(1, num_events + 1):
+            values = {"loss": 1 / number, "learning_rate": 1e-4, "tokens_per_second": 1000.0 + number}
+            stamp = {"seq": record.seq, "time": record.clock + number, "metric_step": number, "metrics": values}
+            file.write(json.dumps({**event, **stamp}) + "\n")
+            record.seq += 1
+    return record
+
+
+def measured(root: Path, uri: str, seconds: float | None) -> tuple[float, float, float]:
+    """Peak memory in MiB, processor and wall seconds of the tracking process; it is stopped after `seconds`."""
+    command = [sys.executable, "-m", "ropewalk.infra.tracking", str(root), "run", *(["--follow"] if seconds else [])]
+    process = subprocess.Popen(command, env={**os.environ, "MLFLOW_TRACKING_URI": uri}, stderr=subprocess.DEVNULL)
+    began = time.monotonic()
+    if seconds:
+        time.sleep(seconds)
+        process.terminate()
+    _, _, usage = os.wait4(process.pid, 0)
+    return usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime, time.monotonic() - began
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, default=500_000)
+    asked = parser.parse_args()
+    print("events   case                       peak MiB   CPU s   wall s")
+    for num_events in (1_000, asked.events):
+        with tempfile.TemporaryDirectory() as folder:
+            root = store_with_database(Path(folder))
+            record = write_record(root, num_events)
+            print(f"{num_events:<8} record of {record.path.stat().st_size / 2**20:.0f} MiB")
+            cases = {
+                "server down (30 s)": measured(root, DOWN, OUTAGE_SECONDS),
+                "catching up (sqlite)": measured(root, f"sqlite:///{root}/mlflow.db", None),
+            }
+            for case, (mib, cpu, wall) in cases.items():
+                print(f"{num_events:<8} {case:<26} {mib:8.0f} {cpu:7.1f} {wall:8.1f}")
+            with closing(sqlite3.connect(root / "mlflow.db")) as database:
+                rows = database.execute("select count(*), count(distinct step), count(distinct key) from metrics")
+                assert rows.fetchone() == (3 * num_events, num_events, 3), "MLflow does not have the record's points"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""A cluster of several nodes that loses processes and nodes: runs complete with the digests of undisturbed ones."""
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from engine import run, value_of
+from ray_stages import BEGUN, Nothing, Number, gang_of_two, lazy_reader, reporting, sleepers, squares, waiting
+
+from ropewalk.infra.on_ray import RayExecutor
+from ropewalk.infra.record import read_events
+from ropewalk.infra.step import Pipeline, Resources, Retries, Step, UserError
+from ropewalk.infra.store import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
+QUICKLY = Retries(backoff_seconds=0.1)
+WAITS = Resources(num_cpus=0)
+SEAT = Resources(num_cpus=0, custom={"seat": 1})
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head with the driver's things, and room for a gang of two."""
+    from ray.cluster_utils import Cluster
+
+    saved = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
+    os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    head = {"num_cpus": 2, "include_dashboard": False, "resources": {"seat": 2}}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster
+    cluster.shutdown()
+    for name, value in saved.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture
+def spots(cluster):
+    """Two nodes that can be lost; each holds one step that asks for `spot`."""
+    nodes = [cluster.add_node(num_cpus=1, resources={"spot": 1}) for _ in range(2)]
+    yield nodes
+    for node in nodes:
+        if node in cluster.list_all_nodes():
+            cluster.remove_node(node)
+
+
+def disturbed(cluster, root, pipeline, disturb):
+    """A run during which `disturb(place)` is called once a stage has said where it is."""
+    executor = RayExecutor(pipeline, cluster.address)
+
+    def watch():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for path in Path(root).glob(f"work/*/{BEGUN}"):
+                text = path.read_text()
+                if text:
+                    disturb(json.loads(text), executor)
+                    return
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    result = run(pipeline, root, executor=executor)
+    watcher.join()
+    events = list(read_events(Store(root), result.run_id))
+    return result, events
+
+
+def undisturbed_digest(tmp_path, step):
+    """The digest of the step's output when nothing happens."""
+    folder = tmp_path / "undisturbed"
+    store = Store(folder)
+    attempt = store.begin("k", "a")
+    from ropewalk.infra.task import Output
+    from ropewalk.stages.context import LocalContext
+
+    work = tmp_path / "undisturbed-work"
+    work.mkdir()
+    (work / BEGUN).write_text("{}")
+    step.stage.run(step.config, {}, Output(attempt.data, attempt.observed), LocalContext(work))
+    return store.commit(attempt, {}, number=0).digest
+
+
+def failures(events):
+    return [(event["kind"], event["error"]) for event in events if event["type"] == "attempt_failed"]
+
+
+def points(events):
+    return [event["metrics"]["point"] for event in events if event["type"] == "metrics" and "point" in event["metrics"]]
+
+
+def single(step):
+    return Pipeline("p", (step,))
+
+
+def test_a_step_whose_process_is_killed_runs_again(cluster, tmp_path):
+    step = Step("s", waiting, Number(value=3), retries=QUICKLY)
+    result, events = disturbed(
+        cluster, tmp_path / "store", single(step), lambda place, executor: os.kill(place["pid"], signal.SIGKILL)
+    )
+    assert result.status == "succeeded", result
+    assert [kind for kind, _ in failures(events)] == ["infrastructure"]
+    assert "WorkerCrashedError" in failures(events)[0][1]
+    assert result.steps[0].commit.digest == undisturbed_digest(tmp_path, step)
+    assert points(events) == list(range(10)), "no gap, no point twice"
+
+
+@pytest.mark.parametrize(("drained", "kind"), [(False, "infrastructure"), (True, "preempted")])
+def test_a_step_whose_node_is_lost_runs_again_on_another(cluster, spots, tmp_path, drained, kind):
+    step = Step("s", waiting, Number(value=4), resources=Resources(custom={"spot": 1}), retries=QUICKLY)
+
+    lost = []
+
+    def lose(place, executor):
+        lost.append(place["node"])
+        if drained:
+            drain(cluster, place["node"])
+        node = next(node for node in spots if node.node_id == place["node"])
+        cluster.remove_node(node, allow_graceful=False)
+
+    result, events = disturbed(cluster, tmp_path / "store", single(step), lose)
+    assert result.status == "succeeded", result
+    assert [found for found, _ in failures(events)] == [kind], failures(events)
+    assert result.steps[0].commit.digest == undisturbed_digest(tmp_path, step)
+    places = [event["node"] for event in events if event["type"] == "running"]
+    assert lost and places[-1] not in lost
+    assert points(events) == list(range(10))
+
+
+def drain(cluster, node):
+    """Tell Ray that a node is about to be taken away, as a cloud's autoscaler does."""
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int(time.time() * 1000) + 60_000
+    accepted, why = ray._raylet.GcsClient(address=cluster.address).drain_node(node, reason, "spot", deadline)
+    assert accepted, why
+    time.sleep(1)
+
+
+def test_the_death_of_the_event_bus_loses_no_event(cluster, tmp_path):
+    import ray
+
+    def kill_the_bus(place, executor):
+        time.sleep(1.5)
+        os.kill(ray.get(executor._bus.__ray_call__.remote(lambda bus: os.getpid())), signal.SIGKILL)
+
+    result, events = disturbed(cluster, tmp_path / "store", single(Step("s", reporting, Nothing())), kill_the_bus)
+    assert result.status == "succeeded", result
+    assert points(events) == list(range(60))
+    assert failures(events) == []
+
+
+def test_a_bus_that_stays_dead_fails_nothing(cluster, tmp_path):
+    import ray
+
+    def remove_the_bus(place, executor):
+        ray.kill(executor._bus, no_restart=True)
+
+    result, events = disturbed(cluster, tmp_path / "store", single(Step("s", reporting, Nothing())), remove_the_bus)
+    assert result.status == "succeeded", result
+    assert points(events) == list(range(60)), "what the bus could not carry comes with the result"
+
+
+def test_when_a_worker_of_map_dies_finished_shards_are_not_done_again(cluster, tmp_path):
+    step = Step("s", squares, Nothing(), resources=WAITS, retries=QUICKLY)
+    result, events = disturbed(cluster, tmp_path / "store", single(step), lambda place, executor: None)
+    assert result.status == "succeeded", result
+    assert [kind for kind, _ in failures(events)] == ["infrastructure"]
+    assert result.steps[0].commit.digest == undisturbed_digest(tmp_path, step)
+    squared = (tmp_path / "store" / "squared").read_text().split()
+    assert sorted(map(int, squared)) == list(range(12)), "each number exactly once over both attempts"
+
+
+def test_a_slow_reader_of_map_gets_results_in_order_and_holds_the_workers_back(cluster, tmp_path):
+    pipeline = single(Step("s", lazy_reader, Nothing(), resources=WAITS, worker_resources=SEAT))
+    result = run(pipeline, tmp_path / "store", executor=RayExecutor(pipeline, cluster.address))
+    assert value_of(result, "s") == list(range(40))
+    ahead = json.loads((result.steps[0].commit.attempt.observed / "ahead.json").read_text())
+    assert 0 < ahead <= 2 * 2, "the cluster has two seats"
+
+
+def test_a_cancelled_map_ends_without_waiting_for_its_items_and_frees_its_actors(cluster, tmp_path):
+    step = Step("s", sleepers, Nothing(), resources=WAITS)
+    result, _ = disturbed(cluster, tmp_path / "store", single(step), lambda place, executor: executor.cancel("s"))
+    assert result.status == "failed" and "cancelled" in result.steps[0].reason, result
+    assert "process died" not in result.steps[0].reason, "it ended by itself"
+    workers = [int(path.name[4:]) for path in (tmp_path / "store" / "work").glob("*/pid-*")]
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_two_gangs_on_a_cluster_that_holds_one_run_one_after_the_other(cluster, tmp_path):
+    steps = [Step(f"g{n}", gang_of_two, Number(value=n), resources=WAITS, worker_resources=SEAT) for n in range(2)]
+    pipeline = Pipeline("p", tuple(steps))
+    result = run(pipeline, tmp_path / "store", executor=RayExecutor(pipeline, cluster.address))
+    assert result.status == "succeeded", result
+    first, second = sorted(
+        json.loads((step.commit.attempt.observed / "times.json").read_text()) for step in result.steps
+    )
+    assert max(end for _, end in first) <= min(start for start, _ in second)
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        (Resources(num_gpus=2), r"step s needs 2 GPU; the cluster has 0 GPU on its largest node: .*wait-for-resources"),
+        (Resources(memory_gib=10**6), r"step s needs 1e\+06 GiB of memory; the cluster has .* GiB of memory on"),
+        (Resources(custom={"tpu": 1}), r"step s needs 1 tpu; the cluster has 0 tpu on its largest node"),
+        (Resources(num_cpus=3), r"step s needs 3 CPU; the cluster has 2 CPU on its largest node"),
+    ],
+)
+def test_what_no_node_can_hold_is_refused_before_anything_runs(cluster, tmp_path, resources, message):
+    pipeline = single(Step("s", waiting, Nothing(), resources=resources))
+    with pytest.raises(UserError, match=message):
+        run(pipeline, tmp_path / "store", executor=RayExecutor(pipeline, cluster.address))
+
+
+def test_a_step_waits_for_a_cluster_that_grows(cluster, tmp_path):
+    pipeline = single(Step("s", reporting, Nothing(), resources=Resources(custom={"late": 1})))
+    executor = RayExecutor(pipeline, cluster.address, wait_seconds=120)
+    results = []
+    running = threading.Thread(target=lambda: results.append(run(pipeline, tmp_path / "store", executor=executor)))
+    running.start()
+    time.sleep(3)
+    late = cluster.add_node(num_cpus=1, resources={"late": 1})
+    running.join()
+    cluster.remove_node(late)
+    assert [result.status for result in results] == ["succeeded"]

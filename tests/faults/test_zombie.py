@@ -1,0 +1,99 @@
+"""A driver is stopped for longer than its lease lasts, another takes over, and the first one wakes up."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from engine import run, statuses
+from faults import invariants
+from toy_stages import diamond, executions
+
+from ropewalk.infra.record import read_events
+from ropewalk.infra.store import Store
+
+DRIVER = Path(__file__).with_name("stoppable_driver.py")
+TAKEN_OVER = ("lease acquired", "data half written", "data written", "before the commit")
+COMMITTED = ("after the commit", "before the release")
+
+
+def is_stopped(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+@pytest.mark.parametrize("point", [*TAKEN_OVER, *COMMITTED])
+def test_a_zombie_never_makes_a_second_commit(tmp_path, monkeypatch, point):
+    monkeypatch.setenv("TOY_COUNTER", str(tmp_path))
+    monkeypatch.setenv("ROPEWALK_LEASE_SECONDS", "1")
+    root = tmp_path / "store"
+    command = [sys.executable, str(DRIVER), str(root), point, "right"]
+    zombie = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, text=True)
+    try:
+        while not is_stopped(zombie.pid):
+            assert zombie.poll() is None, "the driver was to stop at this point"
+            time.sleep(0.02)
+        result = run(diamond(), root)
+        zombie.send_signal(signal.SIGCONT)
+        told, _ = zombie.communicate(timeout=30)
+    finally:
+        zombie.kill()
+    assert zombie.returncode == 0 and result.status == "succeeded"
+    store, right = Store(root), result.steps[2]
+    assert store.next_number(right.key) == 1, "one commit"
+    assert store.objects.names(f"objects/{right.key}/attempts") == [right.commit.attempt.name], "the other is gone"
+    if point in COMMITTED:
+        assert statuses(result)["right"] == "reused" and told.startswith("succeeded ran")
+    else:
+        assert statuses(result)["right"] == "ran"
+        assert told == f"succeeded reused committed by run {result.run_id} meanwhile\n"
+        waited = [e for e in read_events(store, result.run_id) if e["type"] == "step_waiting"]
+        assert [event["step"] for event in waited] == ["right"]
+    assert list(invariants.broken_commits(store, excused=())) == []
+    assert list(invariants.broken_leases(store, drivers_ended=True)) == []
+    assert executions(tmp_path).count("parity") == 1
+
+
+UNRULY = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import engine
+from ropewalk.infra.step import Pipeline, Step
+from unruly_stages import Config, patient, stubborn
+stage = {"patient": patient, "stubborn": stubborn}[sys.argv[3]]
+step = Step("s", stage, Config(folder=sys.argv[2], num_failures=1))
+result = engine.run(Pipeline("p", (step,)), Path(sys.argv[2]) / "store")
+print(result.status, result.steps[0].status, result.steps[0].reason)
+"""
+
+
+@pytest.mark.parametrize("stage", ["patient", "stubborn"])
+def test_a_zombie_in_the_middle_of_its_stage_stops_within_the_grace_period(tmp_path, monkeypatch, stage):
+    import unruly_stages
+
+    from ropewalk.infra.step import Pipeline, Step
+
+    monkeypatch.setenv("ROPEWALK_LEASE_SECONDS", "1")
+    monkeypatch.setenv("ROPEWALK_GRACE_SECONDS", "1")
+    command = [sys.executable, "-c", UNRULY, str(Path(__file__).parents[1]), str(tmp_path), stage]
+    zombie = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / stage).exists():
+            assert zombie.poll() is None
+            time.sleep(0.02)
+        zombie.send_signal(signal.SIGSTOP)
+        (tmp_path / "go").touch()
+        config = unruly_stages.Config(folder=str(tmp_path), num_failures=1)
+        result = run(Pipeline("p", (Step("s", getattr(unruly_stages, stage), config),)), tmp_path / "store")
+        (tmp_path / "go").unlink()
+        zombie.send_signal(signal.SIGCONT)
+        told, _ = zombie.communicate(timeout=30)
+    finally:
+        zombie.kill()
+    assert statuses(result) == {"s": "ran"}
+    assert told == f"succeeded reused committed by run {result.run_id} meanwhile\n"
+    assert Store(tmp_path / "store").next_number(result.steps[0].key) == 1
+    assert (tmp_path / "stopped").exists() == (stage == "patient")

@@ -1,0 +1,172 @@
+"""Outside data gets a name and versions; what a pipeline reads is what was adopted, or it is told that it is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine import plan, run, statuses
+from object_store_server import new_bucket, object_store_server
+from pydantic import BaseModel
+
+from ropewalk.infra.adopt import adopt
+from ropewalk.infra.key import canonical_json
+from ropewalk.infra.step import External, Pipeline, Step, UserError
+from ropewalk.infra.store import Store
+
+TESTS = Path(__file__).parents[1]
+
+
+class Nothing(BaseModel):
+    """No config."""
+
+
+class contents:  # noqa: N801
+    """Writes what it was given: the text of every file by its path."""
+
+    NAME, VERSION = "contents", 1
+
+    @staticmethod
+    def run(config, inputs, output, context):
+        root = inputs["file"]
+        paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+        base = root.parent if root.is_file() else root
+        texts = {p.relative_to(base).as_posix(): p.read_text() for p in paths if ".cache" not in p.parts}
+        (output.data / "value.json").write_text(json.dumps(texts))
+
+
+def reading(uri, **patterns):
+    return Pipeline("p", (Step("read", contents, Nothing(), inputs={"file": External(uri, **patterns)}),))
+
+
+def value(store, result):
+    return json.loads((store.fetch(result.steps[0].commit.uri) / "value.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    with object_store_server():
+        yield
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_SCRATCH", str(tmp_path / "scratch"))
+    return str(tmp_path / "store") if request.param == "local" else new_bucket()
+
+
+@pytest.fixture
+def books(tmp_path):
+    folder = tmp_path / "books"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("A")
+    (folder / "deep" / "b.txt").write_text("B")
+    (folder / "notes.md").write_text("N")
+    return folder
+
+
+def register(root, books, *, copy=False, name="books"):
+    external = External(str(books), include=("**/*.txt",))
+    return adopt(Store(root), str(books), name, external, copy=copy)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_pipeline_reads_what_was_adopted_under_the_key_that_the_files_have(root, books, copy):
+    register(root, books, copy=copy)
+    result = run(reading("adopted://books"), root)
+    assert statuses(result) == {"read": "ran"}
+    texts = value(Store(root), result)
+    assert {name: texts[name] for name in ("a.txt", "deep/b.txt")} == {"a.txt": "A", "deep/b.txt": "B"}
+    assert ("notes.md" in texts) is not copy, "files that stay where they are have their neighbours"
+    by_path = plan(reading(str(books), include=("**/*.txt",)), root)
+    assert by_path["read"][0] == "reuse"
+
+
+def test_the_same_data_again_is_no_new_version_and_other_data_is(root, books):
+    assert register(root, books)["number"] == 0
+    assert register(root, books)["number"] == 0
+    (books / "a.txt").write_text("changed")
+    assert register(root, books)["number"] == 1
+    assert register(root, books, copy=True)["number"] == 2
+    assert Store(root).objects.names("adopted/books") == ["000000.json", "000001.json", "000002.json", "files"]
+
+
+@pytest.mark.parametrize("change", ["changed", "gone"])
+def test_files_that_are_not_what_was_adopted_are_named_when_the_run_is_planned(root, books, change):
+    register(root, books)
+    run(reading("adopted://books"), root)
+    (books / "deep" / "b.txt").write_text("another") if change == "changed" else (books / "deep" / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"step read, input file: .*deep/b.txt (has changed since|was adopted and)"):
+        plan(reading("adopted://books"), root)
+    os.utime(books / "a.txt", (1, 1))
+    (books / "deep" / "b.txt").write_text("B")
+    assert plan(reading("adopted://books"), root)["read"][0] == "reuse", (
+        "the same content with another time is the same"
+    )
+
+
+def test_a_copy_outlives_its_source(root, books, tmp_path, monkeypatch):
+    register(root, books, copy=True)
+    for path in books.rglob("*.txt"):
+        path.unlink()
+    monkeypatch.setenv("ROPEWALK_SCRATCH", str(tmp_path / "another machine"))
+    store = Store(root)
+    assert value(store, run(reading("adopted://books"), root)) == {"a.txt": "A", "deep/b.txt": "B"}
+
+
+def test_a_single_file_is_given_as_a_file(root, books):
+    for copy in (False, True):
+        adopt(Store(root), str(books / "a.txt"), "one", External(str(books / "a.txt")), copy=copy)
+        assert value(Store(root), run(reading("adopted://one"), root)) == {"a.txt": "A"}
+
+
+def test_unknown_and_unusable_names_are_refused(root, books):
+    register(root, books)
+    with pytest.raises(
+        UserError, match=r"step read, input file: no adopted data is called 'boks'; did you mean 'books'"
+    ):
+        plan(reading("adopted://boks"), root)
+    for name in ("../x", "", "files", "a/b"):
+        with pytest.raises(UserError, match="--name"):
+            adopt(Store(root), str(books), name, External(str(books)), copy=False)
+    with pytest.raises(UserError, match="40 hex digits"):
+        adopt(Store(root), "hf://datasets/o/r@main", "r", External("hf://datasets/o/r@main"), copy=False)
+    with pytest.raises(UserError, match="step read, input file: ftp://x is neither"):
+        plan(reading("ftp://x"), root)
+
+
+def test_objects_of_an_object_store_are_inputs_and_their_change_is_seen(root):
+    place = new_bucket() + "/in put"
+    source = Store(place).objects
+    for name, text in (("a.txt", "A"), ("deep/b.txt", "B"), ("c.md", "C")):
+        source.write(name, text.encode())
+    pipeline = reading(place, include=("**/*.txt",))
+    assert value(Store(root), run(pipeline, root)) == {"a.txt": "A", "deep/b.txt": "B"}
+    assert plan(pipeline, root)["read"][0] == "reuse"
+    source.write("deep/b.txt", b"X")
+    assert plan(pipeline, root)["read"][0] == "run"
+    assert value(Store(root), run(pipeline, root)) == {"a.txt": "A", "deep/b.txt": "X"}
+    with pytest.raises(UserError, match=r"no object in .* matches"):
+        plan(reading(place, include=("*.parquet",)), root)
+
+
+def test_a_manifest_of_adopted_data_cannot_lead_out_of_its_folder(root, books):
+    document = register(root, books, copy=True)
+    store = Store(root)
+    document["files"][0]["path"] = "../../../evil"
+    store.objects.write("adopted/books/000000.json", canonical_json(document).encode())
+    result = run(reading("adopted://books"), root)
+    assert result.steps[0].status == "failed" and "leaves its folder" in result.steps[0].reason
+
+
+def test_a_repository_of_the_hub_is_planned_without_it_and_fetched_for_the_step(tmp_path):
+    script = TESTS / "hub_pipeline.py"
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["planned"] == {"read": "run"} and facts["requests_of_planning"] == 0
+    assert facts["statuses"] == {"read": "ran"} and list(facts["value"]) == ["train.jsonl"]
+    assert facts["again"] == {"read": "reused"}, "named or not, it is the same repository at the same commit"
+    assert facts["copied"] == {"read": "reused"} and facts["files_of_copy"] == ["train.jsonl"]
