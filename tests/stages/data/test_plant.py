@@ -84,7 +84,7 @@ def parse(row, documents, writer, info):
             _, key, value = ids[position : position + 3]
             assert key not in asked
             asked[key] = value
-            assert mask[position : position + 3] == [False, False, True]
+            assert mask[position : position + 3] == [True] * 3
             position += 3
         else:
             assert ids[position] == info.eos_token_id
@@ -220,7 +220,7 @@ def test_keys_and_values_may_be_long_and_written_in_words(tmp_path, tokenizer_ho
             question, value = ids[begin : begin + each], ids[begin + each : begin + each + 3]
             assert question[: len(ask)] == ask
             assert question[len(ask) + 2 :] == between
-            assert mask[begin : begin + each + 3] == [False] * each + [True] * 3
+            assert all(mask[begin : begin + each + 3])
             fact = question + value + end
             places = [i for i in range(begin) if ids[i : i + len(fact)] == fact]
             assert len(places) == 1, tokenizer.decode(ids)
