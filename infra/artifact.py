@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ropewalk.infra.key import FORMAT_VERSION, canonical_json, sha256_hex
 from ropewalk.infra.objects import file_sha256, sync_file, sync_folder
 
 PARTS = ("data", "observed")
+INSIDE = tuple(f"{part}/" for part in PARTS)
 Entry = dict[str, Any]
 """A file: `path` relative to the attempt's folder, `size` in bytes, `sha256` in hex."""
 
@@ -107,10 +108,11 @@ def parse_manifest(content: bytes, name: str) -> list[Entry]:
     """The files of a manifest. Raises StoreError naming it, also for a path that leaves the attempt's folder."""
     try:
         files = json.loads(content)["files"]
-        for path in (PurePosixPath(entry["path"]) for entry in files):
-            if path.is_absolute() or ".." in path.parts or path.parts[0] not in PARTS:
-                raise StoreError(f"{name}: path {str(path)!r} leaves the attempt's folder")
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+        for entry in files:
+            path = entry["path"]
+            if not path.startswith(INSIDE) or "/../" in f"{path}/":
+                raise StoreError(f"{name}: path {path!r} leaves the attempt's folder")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{name}: not a manifest: {error!r}") from None
     return files
 

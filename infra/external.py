@@ -35,9 +35,11 @@ def external_files(external: External, place: str) -> list[tuple[str, Path]]:
     if not root.is_dir():
         raise UserError(f"{place}: {external.path} does not exist")
     files = sorted(
-        (relative, path)
-        for relative, path in _walk(root)
-        if matches(relative, external.include) and not matches(relative, external.exclude)
+        (relative, root / relative)
+        for relative in _walk(str(root))
+        if matches(relative, external.include)
+        and not matches(relative, external.exclude)
+        and (root / relative).is_file()
     )
     if not files:
         raise UserError(f"{place}: no file in {external.path} matches {', '.join(external.include)}")
@@ -114,13 +116,13 @@ def _pattern(glob: str) -> re.Pattern[str]:
     return re.compile("".join(pieces) + r"\Z")
 
 
-def _walk(root: Path) -> Iterator[tuple[str, Path]]:
-    for folder, names, files in os.walk(root):
-        names.sort()
-        for name in files:
-            path = Path(folder, name)
-            if path.is_file():
-                yield path.relative_to(root).as_posix(), path
+def _walk(root: str) -> Iterator[str]:
+    """Paths below a folder, relative to it; of strings, since few of many files may match."""
+    top = root.rstrip("/") + "/"
+    for folder, _, names in os.walk(top):
+        prefix = f"{folder}/"[len(top) :].lstrip("/")
+        for name in names:
+            yield prefix + name
 
 
 def _read_cache(path: Path) -> dict[str, list]:

@@ -10,6 +10,7 @@ gone, or when its count has stood still for its ttl on the watcher's own monoton
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -160,7 +161,8 @@ class Lease:
     ) -> None:
         self._objects = objects
         self._key = key
-        self._generation = generation
+        self.generation = generation
+        """How many held it before."""
         self._ttl = ttl
         self._report = report
         self._interrupt = interrupt
@@ -173,6 +175,12 @@ class Lease:
     def lost(self) -> bool:
         """Whether the lease is known to be lost: stop, somebody else goes on."""
         return self._lost.is_set()
+
+    def is_taken(self) -> bool:
+        """Whether somebody else has the lease, as far as the store answers."""
+        with contextlib.suppress(OSError, LeaseLostError):
+            self.confirm()
+        return self.lost()
 
     def confirm(self) -> None:
         """Raise LeaseLostError unless the lease is still held; asks the store."""
@@ -211,11 +219,11 @@ class Lease:
                 self._interrupt()
 
     def _newest_is_mine(self) -> bool:
-        return _newest(self._objects, self._key) == self._generation
+        return _newest(self._objects, self._key) == self.generation
 
     def _write(self, *, released: bool) -> None:
         beat: dict[str, Any] = {"count": self._count, "released": released}
-        self._objects.write(_name(self._key, self._generation, "beat"), json.dumps(beat).encode())
+        self._objects.write(_name(self._key, self.generation, "beat"), json.dumps(beat).encode())
 
 
 def acquire(

@@ -29,7 +29,6 @@ from typing import Any
 
 from ropewalk.infra.object_store import ObjectStoreObjects
 from ropewalk.infra.objects import file_sha256
-from ropewalk.infra.step import UserError
 from ropewalk.infra.store import Store
 
 INTERVAL_SECONDS = 5.0
@@ -50,10 +49,10 @@ class WorkMirror:
     A block that ends with an error has all that it left uploaded. One that ends well has no further use for it.
     """
 
-    def __init__(self, store: Store, key: str, interval: float = INTERVAL_SECONDS) -> None:
+    def __init__(self, store: Store, key: str, folder: Path, interval: float = INTERVAL_SECONDS) -> None:
         assert isinstance(store.objects, ObjectStoreObjects)
         self._objects = store.objects
-        self._folder = store.work(key)
+        self._folder = folder
         self._name = f"work/{key}"
         self._side = store.root / "mirrors" / key
         """Beside the scratch folder, on the same file system: what this machine knows of the copy."""
@@ -243,20 +242,3 @@ def _tell(text: str) -> None:
     """Into the log of the attempt."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def mark_work(work: Path) -> str:
-    """Leave a mark in a scratch folder, for `check_work_is_shared` on other machines."""
-    mark = f".shared-{uuid.uuid4().hex}"
-    (work / mark).touch()
-    return mark
-
-
-def check_work_is_shared(work: Path, mark: str) -> None:
-    """Raise UserError unless this process sees the scratch folder in which another one has left its mark."""
-    if not (work / mark).exists():
-        raise UserError(
-            f"the workers of this step run on several machines, and its scratch folder {work} is not the same on all:"
-            " put the store, or for an object store ROPEWALK_SCRATCH, on a file system that they share,"
-            " or ask for workers that fit on one machine"
-        )

@@ -4,8 +4,9 @@ Every operation is safe to repeat: runs and models are looked up by tag before t
 the record's own values and times, which MLflow stores once. Only `MlflowClient` with explicit ids is used; the fluent
 API keeps an active run per thread and makes requests of its own.
 
-A request that was given up on may still be served, any time later. So runs that are there twice are reduced to one,
-and `settle` looks whether MLflow agrees with the record on how everything ended.
+A request that was given up on may still be served, any time later, and another machine may write the same run. So runs
+that are there twice are reduced to one, the same for all who look, and `settle` looks whether MLflow agrees with the
+record on how everything ended.
 """
 
 from __future__ import annotations
@@ -48,13 +49,11 @@ class View:
         """Find this run in MLflow, or make it. Begins with the first event if MLflow lost what it had."""
         name = self.state.run["pipeline"]
         self.ids.experiment_id = self._experiment(name)
-        known, found = set(self.ids.children.values()), self._runs()
+        found = self._runs()
+        if not self._is_whole(found):
+            self.ids.seq = 0
         parent = found.pop("", None)
-        if parent is None or parent.info.run_id != self.ids.parent_run_id:
-            self.ids.seq = 0
         self.ids.children = {name: run.info.run_id for name, run in found.items()}
-        if not known <= set(self.ids.children.values()):
-            self.ids.seq = 0
         if self.ids.seq == 0:
             self.ids.models, self.ids.unsent_files, self.ids.is_complete = {}, [], False
         self.ids.parent_run_id = parent.info.run_id if parent else self._create_parent(name)
@@ -76,9 +75,20 @@ class View:
         self.ids.unsent_files.remove(event["seq"])
         self.apply([event])
 
+    def is_whole(self) -> bool:
+        """Whether the runs that were written to are still the ones that count."""
+        return self._is_whole(self._runs())
+
+    def _is_whole(self, found: Mapping[str, Any]) -> bool:
+        known = {"": self.ids.parent_run_id, **self.ids.children}
+        return all(name in found and found[name].info.run_id == run for name, run in known.items())
+
     def settle(self) -> None:
-        """Make MLflow agree with the record on how the run and its steps ended."""
-        for name, run in self._runs().items():
+        """Make MLflow agree with the record on how the run and its steps ended. Raises OSError if a run is gone."""
+        runs = self._runs()
+        if not self._is_whole(runs):
+            raise OSError("what was written has been deleted meanwhile")
+        for name, run in runs.items():
             ending = self.state.endings.get(name.partition("/")[0]) if name else self.state.ending
             if ending and (run.info.status, run.data.tags.get("ropewalk.status")) != (ending.shown, ending.status):
                 self._end(run.info.run_id, ending)
@@ -115,11 +125,14 @@ class View:
         """What MLflow has of this run, each once, by name: "" for the parent, else as in `Ids.children`."""
         query = f"tags.`ropewalk.run_id` = '{self.run_id}'"
         found = self.client.search_runs([self.ids.experiment_id], query, max_results=5000)
-        ours = {self.ids.parent_run_id, *self.ids.children.values()}
-        found.sort(key=lambda run: (run.info.run_id not in ours, run.info.start_time, run.info.run_id))
+        # Whoever looks, and whenever, must keep the same one.
         runs: dict[str, Any] = {}
-        for run in found:
-            if runs.setdefault(_name(run), run) is not run:
+        for run in sorted(found, key=lambda run: (_name(run).split("/"), run.info.run_id)):
+            name = _name(run)
+            step, slash, _ = name.partition("/")
+            above = runs.get(step if slash else "")
+            belongs = not name or (above and run.data.tags.get("mlflow.parentRunId") == above.info.run_id)
+            if not belongs or runs.setdefault(name, run) is not run:
                 self.client.delete_run(run.info.run_id)
         return runs
 

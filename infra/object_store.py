@@ -33,6 +33,8 @@ FILES_AT_ONCE = 4
 PARTS_AT_ONCE = 4
 """Together they bound the memory of a transfer: 4 x 4 x 8 MiB for files below 70 GiB."""
 RETRY_SECONDS = 60
+_NO_ANSWER = re.compile(r"HTTP error|status code: (5\d\d|429)|error decoding response|timed out", re.IGNORECASE)
+"""Of a request that was sent again until it was given up: not the store says no, but the way to it or its load."""
 
 
 def scratch_folder(uri: str) -> Path:
@@ -53,7 +55,10 @@ def open_objects(uri: str) -> ObjectStoreObjects:
     endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
     # Without encryption only where the user has named such an endpoint.
     options: Any = {"allow_http": True} if uri.startswith("s3://") and endpoint.startswith("http://") else {}
-    retries: Any = {"max_retries": 6, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+    # By default the pauses between retries hardly grow, and a busy store is given up after a second.
+    backoff = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 3}
+    limits = {"max_retries": 1000, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+    retries: Any = {**limits, "backoff": backoff}
     try:
         client = from_url(uri.rstrip("/"), client_options=options, retry_config=retries)
     except (BaseError, ValueError) as error:
@@ -181,7 +186,8 @@ class ObjectStoreObjects:
         except BaseError as error:
             if "NoSuchBucket" in str(error):
                 raise OSError(f"{self._bucket}: there is no such bucket") from None
-            raise OSError(f"{self.uri}/{name}: {_first_line(error)}") from None
+            kind = ConnectionError if _NO_ANSWER.search(str(error)) else OSError
+            raise kind(f"{self.uri}/{name}: {_first_line(error)}") from None
         except ValueError as error:
             raise OSError(f"{self.uri}/{name!r}: not a name for an object: {_first_line(error)}") from None
 

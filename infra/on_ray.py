@@ -10,13 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ropewalk.infra.failures import classify
 from ropewalk.infra.lease import grace_seconds
 from ropewalk.infra.ray_bus import Channel, EventBus, Inbox, Message, Orders, attempt_of, put_on
-from ropewalk.infra.ray_context import RayContext, Shipped, remote
-from ropewalk.infra.ray_resources import mark_preemption, ray_options, require_room
+from ropewalk.infra.ray_context import RayContext
+from ropewalk.infra.ray_errors import died
+from ropewalk.infra.ray_resources import ray_options, require_room
+from ropewalk.infra.ray_shipping import Shipped, remote
 from ropewalk.infra.step import Step
 from ropewalk.infra.task import Outcome, Task, run_logged
 
@@ -164,15 +167,21 @@ class RayExecutor:
             outcome, kept = ray.get(reference)
         except RayError as error:
             self._ended.add(task.attempt)
-            # The first sentence says what happened; some have none at all (a process that was told to stop).
-            said = str(error).strip().partition("\n")[0].partition(". ")[0]
-            message = ": ".join(filter(None, [type(error).__name__, said]))
-            kind = "cancelled" if running.kill_at is not None else classify(mark_preemption(error, running.node))
-            outcome = Outcome(task.step, task.attempt, 0.0, error=f"its process died: {message}", kind=kind)
+            death = died(error, "its process", running.node)
+            kind = "cancelled" if running.kill_at is not None else classify(death)
+            outcome = Outcome(task.step, task.attempt, 0.0, error=str(death), kind=kind)
+            _add_to_log(task, error)
         else:
             self._deliver(running, kept, report)
         self._inbox.forget(task.attempt)
         return outcome
+
+
+def _add_to_log(task: Task, error: Exception) -> None:
+    """Leave Ray's own account of a death with what the process wrote before it."""
+    if task.store.is_local:
+        with contextlib.suppress(OSError), Path(task.log_path).open("a", encoding="utf-8") as log:
+            log.write(f"{type(error).__name__}: {error}\n")
 
 
 def _run_in_worker(shipped: Shipped, bus: Any, wait_seconds: float) -> tuple[Outcome, dict[str, list[Message]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from ropewalk.infra.step import Pipeline, Step, UserError
 from ropewalk.infra.store import Commit, Store
 
 Status = Literal["run", "reuse", "may-run"]
+LOOK_AGAIN_SECONDS = 30.0
+"""How long a look at the files of an output stands."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Planner:
         names = [step.name for step in self.pipeline] if self.selection.rerun_failed else []
         failed = [name for name in names if self._history.failure(name) is not None]
         self._selected = self.selection.names(self.pipeline, failed)
+        self._sound: dict[str, tuple[Commit, float]] = {}
+        """Outputs that `plan` has found sound, by key, and when."""
 
     def plan(self) -> list[StepPlan]:
         """The plan of every step."""
@@ -104,7 +109,9 @@ class Planner:
                 plans[step.name] = self._undecided(step, unsure)
             else:
                 digests = {name: _committed(plans[name]).digest for name in step.upstream.values()}
-                plans[step.name] = self._with_state(self.decide(step, digests))
+                plans[step.name] = plan = self._with_state(self.decide(step, digests))
+                if plan.status == "reuse":
+                    self._sound[_committed(plan).key] = (_committed(plan), time.monotonic())
         return list(plans.values())
 
     def is_selected(self, step: Step) -> bool:
@@ -151,11 +158,25 @@ class Planner:
 
         A commit that comes between the two looks is found: the number is that after all that were seen.
         """
+        commit = self._just_planned(key)
+        if commit is not None:
+            return commit, [], commit.number + 1
         commit, problems = self.store.latest(key)
         if commit is not None and not problems:
             return commit, problems, commit.number + 1
         number = self.store.next_number(key)
         return (*self.store.latest(key), number) if number else (None, problems, 0)
+
+    def _just_planned(self, key: str) -> Commit | None:
+        """The output that a plan has found sound a moment ago, if it is still the newest; good for one question.
+
+        A run follows its plan at once and need not look at all files of all outputs again. Who reads them looks.
+        """
+        commit, when = self._sound.pop(key, (None, 0.0))
+        if commit is None or time.monotonic() - when > LOOK_AGAIN_SECONDS:
+            return None
+        is_newest = self.store.next_number(key) == commit.number + 1 and not self.store.is_withdrawn(key, commit.number)
+        return commit if is_newest else None
 
     def _with_state(self, plan: StepPlan) -> StepPlan:
         """The plan of a step that is to run, with who runs it now."""
@@ -223,7 +244,8 @@ def check_selection(planner: Planner) -> list[StepPlan]:
     for step in planner.pipeline:
         if not planner.is_selected(step) or by_name[step.name].status == "reuse":
             continue
-        planner.externals(step)
+        if by_name[step.name].document is None:
+            planner.externals(step)
         for name in step.upstream.values():
             if by_name[name].status != "reuse" and not planner.is_selected(planner.pipeline[name]):
                 raise UserError(

@@ -1,8 +1,7 @@
-"""What processes need, what a Ray cluster has, and why it lost a node."""
+"""What processes need, and what a Ray cluster has."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -71,10 +70,20 @@ def _missing(wanted: Mapping[str, float], num_processes: int, have: int) -> str:
         name = lacking[0]
         found = f"the cluster has {_in_words(name, largest[name])} on its largest node"
         return f"{_in_words(name, wanted[name])}; {found}: {advice}"
-    each = ", ".join(_in_words(name, amount) for name, amount in wanted.items())
+    each = _all_in_words(wanted)
     if have == 0:
         return f"{each} on one node; no node of the cluster has all of it: {advice}"
     return f"{num_processes} workers at once, each with {each}; the cluster has room for {have}: {advice}"
+
+
+def in_words(resources: Resources, num_processes: int) -> str:
+    """Processes and what each needs, as people say it."""
+    each = _all_in_words(ray_needs(resources))
+    return f"{num_processes} worker{'s' * (num_processes > 1)}" + (f" with {each} each" if each else "")
+
+
+def _all_in_words(needs: Mapping[str, float]) -> str:
+    return ", ".join(_in_words(name, amount) for name, amount in needs.items())
 
 
 def _in_words(name: str, amount: float) -> str:
@@ -85,24 +94,3 @@ def _nodes() -> list[dict[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def mark_preemption(error: Exception, node: str | None = None) -> Exception:
-    """Note on the error of a task that died whether its node was being taken away, as Ray itself does for actors.
-
-    The node is `node`, or the one that the error names.
-    """
-    import ray
-    from ray._private.state import state
-    from ray.core.generated import common_pb2
-
-    deaths: Any = common_pb2  # Its classes are made at import time, where type checkers do not see them.
-
-    named = re.search(r"node ID: (\w+)", str(error))
-    lost = named[1] if named else node
-    # Until Ray has noticed that the node is gone, it is one that drains; afterwards its entry says why.
-    reasons = {entry["NodeID"]: entry["DeathReason"] for entry in ray.nodes() if not entry["Alive"]}
-    drained = lost in state.get_draining_nodes() or reasons.get(lost) == deaths.NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
-    if drained:
-        error.preempted = True  # pyright: ignore[reportAttributeAccessIssue]
-    return error

@@ -16,6 +16,8 @@ Every event has `seq`, `time` and `type`; those of a step have `step`:
     step_waiting    key, holder, reason: another run works on the key; nothing is held meanwhile
     step_started    key, attempt, inputs, reason: an attempt was handed to the executor. Once for each attempt
     running         node, pid, attempt: its process has begun
+    workers_queued  workers, attempt: the stage waits for room for its workers; meanwhile no limit of time counts
+    workers_started attempt: the first of them is at work
     metrics         metrics, metric_step, about, attempt
     warning         text, attempt
     lease_lost      attempt: another run may have taken over; the attempt is asked to stop

@@ -380,8 +380,7 @@ class Runner:
     def _report(self, step: str, event: dict[str, Any]) -> None:
         """Take what a step reports while it runs."""
         kind = event["type"]
-        if kind in ("running", "metrics", "progress"):
-            self._watchdog.heard(step)
+        self._watchdog.heard(step, kind)
         if kind == "progress":
             self.on_event({**event, "step": step})
         if step in self._open:

@@ -90,9 +90,10 @@ class Step:
     code part of the key, `pin` refuses to go on."""
     retries: Retries = field(default_factory=Retries)
     timeout_seconds: float | None = None
-    """The longest that an attempt may take. One that takes longer has failed: another would take as long."""
+    """The longest that an attempt may take, what it waits for its place and its workers left out. One that takes longer
+    has failed: another would take as long."""
     stall_seconds: float | None = None
-    """The longest without a report from the stage. An attempt that stalls is stopped and tried again."""
+    """The longest without a report from a stage at work. An attempt that stalls is stopped and tried again."""
 
     @property
     def upstream(self) -> dict[str, str]:

@@ -8,7 +8,7 @@
     objects/<key>/leases/                     who works on the key (lease.py)
     objects/<key>/tombstones/                 attempts that garbage collection means to remove (gc.py)
     runs/<run id>/                            the append-only record of a run
-    work/<key>/                               scratch of a resumable stage, removed after the commit
+    work/<key>/<000000>/                      scratch of a resumable stage, by lease; removed after the commit
     adopted/<name>/                           outside data by name (adopt.py)
     cache/                                    digests of external files; may be deleted at any time
 
@@ -89,14 +89,25 @@ class Store:
         """Where digests of external files are remembered."""
         return self.root / "cache" / "externals.json"
 
-    def work(self, key: str) -> Path:
-        """The scratch folder of a key on this machine, made if need be."""
-        folder = self.root / "work" / key
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    def work(self, key: str, generation: int) -> Path:
+        """The scratch folder of a key on this machine, for the holder of this generation of its lease.
+
+        What an earlier holder left is in it. It was moved here: one that still runs, not knowing that it was given up,
+        finds its own folder gone and cannot write into its successor's. Raises StoreError if a later holder has it.
+        """
+        parent, mine = self.root / "work" / key, f"{generation:06d}"
+        parent.mkdir(parents=True, exist_ok=True)
+        while (newest := max((path.name for path in parent.iterdir()), default="")) < mine:
+            try:
+                (parent / newest).rename(parent / mine) if newest else (parent / mine).mkdir()
+            except FileNotFoundError:
+                continue  # Another holder has moved it meanwhile.
+        if newest > mine:
+            raise StoreError(f"{parent}: a later attempt goes on with it")
+        return parent / mine
 
     def drop_work(self, key: str) -> None:
-        """Remove the scratch folder of a key, after its commit."""
+        """Remove the scratch folders of a key, after its commit."""
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)
         if not self.is_local:
             self.objects.remove(f"work/{key}")

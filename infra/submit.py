@@ -124,16 +124,20 @@ def check_store_for(address: str, store_uri: str, *, shared: bool) -> bool:
     advice = "take an object store (--store s3://bucket/prefix), or say that all nodes share the folder: --shared-store"
     if not _is_this_machine(urlsplit(address).hostname or ""):
         raise UserError(f"--store {store_uri} is a folder of this machine, and the cluster is another one: {advice}")
-    from ray.util.state import list_nodes
-
-    with _explained(address), _explicit_address(), _quiet_ray():
-        nodes: list[Any] = list_nodes(address=address, limit=10_000, filters=[("state", "=", "ALIVE")])
-    machines = {node.node_ip for node in nodes}
+    machines = {node.node_ip for node in _nodes(address)}
     if len(machines) > 1:
         raise UserError(
             f"--store {store_uri} is a local folder, and the cluster has {len(machines)} machines: {advice}"
         )
     return True
+
+
+def describe_cluster(address: str) -> str:
+    """What a cluster has, in words. Raises UserError saying what to set if it cannot be used."""
+    connect(address)
+    nodes = _nodes(address)
+    sums = {name: sum(node.resources_total.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+    return f"{len(nodes)} nodes, {sums['CPU']:g} CPU, {sums['GPU']:g} GPU"
 
 
 def driver_job(run_id: str | None) -> Job | None:
@@ -206,6 +210,13 @@ def connect(address: str) -> Any:
         from ray.job_submission import JobSubmissionClient
 
         return JobSubmissionClient(address)
+
+
+def _nodes(address: str) -> list[Any]:
+    from ray.util.state import list_nodes
+
+    with _explained(address), _explicit_address(), _quiet_ray():
+        return list_nodes(address=address, limit=10_000, filters=[("state", "=", "ALIVE")])
 
 
 async def _follow(job: Job, write: Callable[[str], None]) -> JobEnd:

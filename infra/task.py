@@ -187,7 +187,8 @@ def _leased(task: Task, report: Report, interrupt: Interrupt) -> Iterator[Lease]
     try:
         yield lease
     except BaseException as error:
-        if lease.lost() and not isinstance(error, LeaseLostError):
+        # Whoever has taken the lease has taken the scratch folder, too: that may be all that went wrong.
+        if not isinstance(error, LeaseLostError) and lease.is_taken():
             raise LeaseLostError(f"the lease was lost, then the stage ended: {sentence(error)}") from error
         raise
     finally:
@@ -213,7 +214,7 @@ def _attempt(task: Task, make_context: MakeContext, report: Report, stop: Stop, 
     attempt = store.begin(task.key, task.attempt)
     stage = task.stage.load()
     modules = code_modules(stage)
-    with _work(store, task.key) as work:
+    with _work(store, task.key, lease.generation) as work:
         context = make_context(task, work, report, lambda: lease.lost() or stop())
         inputs = {slot: store.fetch(uri) for slot, uri in task.inputs.items()}
         stage.run(task.config, inputs, Output(attempt.data, attempt.observed), context)
@@ -227,15 +228,15 @@ def _attempt(task: Task, make_context: MakeContext, report: Report, stop: Stop, 
 
 
 @contextlib.contextmanager
-def _work(store: Store, key: str) -> Iterator[Path]:
+def _work(store: Store, key: str, generation: int) -> Iterator[Path]:
     """The key's scratch folder, kept in the object store as well if that is where the store is."""
-    folder = store.work(key)
+    folder = store.work(key, generation)
     if store.is_local:
         yield folder
         return
     from ropewalk.infra.mirror import WorkMirror
 
-    with WorkMirror(store, key):
+    with WorkMirror(store, key, folder):
         yield folder
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ropewalk.infra.event_tail import EventTail
 from ropewalk.infra.mlflow_artifacts import Artifacts
-from ropewalk.infra.mlflow_database import database_id, open_client
+from ropewalk.infra.mlflow_database import database_id, open_client, sqlite_path
 from ropewalk.infra.mlflow_ids import Ids, ids_path, read_ids, write_ids
 from ropewalk.infra.mlflow_view import View
 from ropewalk.infra.record import driver_state, read_run
@@ -126,6 +126,10 @@ class Tracker:
         waits = self.ids.is_complete or (last is not None and self.ids.seq > last["seq"] and not self._driver_gone())
         return waits and not self.ids.unsent_files
 
+    def is_under_way(self) -> bool:
+        """Whether the run goes on, as far as can be known: then its own tracking process is at it."""
+        return not self._tail.has_ended() and not self._driver_gone()
+
     def _connected(self) -> View | None:
         """The view, after looking up what MLflow has of the run; None while nothing is recorded."""
         if self._is_connected:
@@ -180,7 +184,7 @@ class Tracker:
         try:
             view.apply(piece)
         except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
+            if error.error_code != "INVALID_PARAMETER_VALUE" or not view.is_whole():
                 raise
             if len(piece) > 1:
                 for event in piece:
@@ -205,6 +209,14 @@ class Tracker:
         self._save(self.ids)
         if self.ids.unsent_files:
             raise TrackingError(f"MLflow has run {self.run_id}, but {self.ids.trouble}")
+        if self.ids.is_complete:
+            self._share_ids()
+
+    def _share_ids(self) -> None:
+        """Spare other machines that use the store and the same server to write the run once more."""
+        if not self._store.is_local and sqlite_path(self.tracking_uri) is None:
+            with contextlib.suppress(OSError):
+                self._store.objects.write(f"runs/{self.run_id}/{self._ids_path.name}", self._ids_path.read_bytes())
 
     def _send_files_again(self, view: View) -> None:
         wanted = set(self.ids.unsent_files)
@@ -246,7 +258,8 @@ def _outages() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, OSError)
+    # The database's driver may not be installed.
+    return (MlflowException, SQLAlchemyError, OSError, ImportError)
 
 
 def _brief(error: BaseException) -> str:

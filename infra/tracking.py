@@ -38,6 +38,9 @@ OLDER_SECONDS = 60.0
 NICENESS = 10
 """The child shares the machine with training, which goes first."""
 LOOK_SECONDS = 0.1
+MAX_WAIT_SECONDS = 60.0
+WAIT_FRACTION = 0.1
+STILL_WRITING = "it is still being written in the background"
 
 
 def start(store: Store, run_id: str | None) -> subprocess.Popen[bytes]:
@@ -62,21 +65,31 @@ def start(store: Store, run_id: str | None) -> subprocess.Popen[bytes]:
         )
 
 
+def patience(run_seconds: float) -> float:
+    """How long a driver waits for MLflow at its end, in seconds.
+
+    A server is waited for: others look at it, and this machine, with the child on it, may go away. The store's own
+    database is looked at through `ropewalk ui`, which brings it up to date: it gets a tenth of what the run took.
+    """
+    named = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+    return MAX_WAIT_SECONDS if named else min(WAIT_FRACTION * run_seconds, MAX_WAIT_SECONDS)
+
+
 def wait(child: subprocess.Popen[bytes], store: Store, run_id: str, seconds: float) -> str | None:
     """Wait until MLflow has all of a run that has ended; None if it has, else why not, without waiting for an outage.
 
-    The child goes on by itself.
+    The child goes on by itself: `STILL_WRITING` says that nothing else is the matter.
     """
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while (left := deadline - time.monotonic()) > 0:
         ended = child.poll() is not None
         ids = read_ids(ids_path(store.root, run_id))
         if ids.is_complete:
             return None
         if ids.trouble or ended:
             return ids.trouble or f"the tracking process ended (log: {store.root}/runs/{run_id}/logs/tracking.log)"
-        time.sleep(LOOK_SECONDS)
-    return "it is still being written in the background"
+        time.sleep(min(LOOK_SECONDS, left))
+    return STILL_WRITING
 
 
 def mlflow_run_id(store: Store, run_id: str) -> str | None:
@@ -130,26 +143,27 @@ class Synced:
     error: str | None = None
 
 
-def sync_all(store: Store, tracking_uri: str | None = None, *, leave_out: str = "") -> Iterator[Synced]:
+def sync_all(store: Store, tracking_uri: str | None = None, *, only_ended: bool = False) -> Iterator[Synced]:
     """Bring to MLflow what it does not have of all runs, newest first, one a step of this iterator.
 
-    A run that fails is told of, and the next one is tried. Runs that MLflow has are passed over.
+    A run that fails is told of, and the next one is tried. Runs that MLflow has are passed over, and with `only_ended`
+    those that go on: also on another machine, their own process is at it.
     """
     uri = tracking_uri or default_tracking_uri(store.root)
     for run_id in run_ids(store):
-        synced = _sync_older(store, run_id, uri) if run_id != leave_out else None
+        synced = _sync_older(store, run_id, uri, only_ended)
         if synced is not None:
             yield synced
 
 
-def _sync_older(store: Store, run_id: str, uri: str) -> Synced | None:
-    """Bring one run to MLflow; None if MLflow has it."""
+def _sync_older(store: Store, run_id: str, uri: str, only_ended: bool) -> Synced | None:
+    """Bring one run to MLflow; None if there is nothing to do."""
     from ropewalk.infra.tracker import Tracker
 
     with locked(_lock(store, run_id), wait=False) as is_ours:
         try:
             tracker = Tracker(store, run_id, uri)
-            if tracker.has_all():
+            if tracker.has_all() or (only_ended and (tracker.is_under_way() or not is_ours)):
                 return None
             if is_ours:
                 tracker.catch_up()
@@ -162,7 +176,7 @@ def _sync_older(store: Store, run_id: str, uri: str) -> Synced | None:
 
 
 def _follow(tracker: Tracker, store: Store, uri: str) -> None:
-    older = sync_all(store, uri, leave_out=tracker.run_id)
+    older = sync_all(store, uri, only_ended=True)
     tracker.follow(lambda: _one(older))
     deadline = time.monotonic() + OLDER_SECONDS
     while time.monotonic() < deadline and _one(older):
@@ -197,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         if asked.run_id is not None:
             sync(store, asked.run_id, follow=asked.follow)
             return 0
-        runs = sync_all(store)
+        runs = sync_all(store, only_ended=True)
         while _one(runs):
             pass
     except UserError as error:

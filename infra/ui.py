@@ -22,12 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.infra import tracking
+from ropewalk.infra.doctor_services import check_mlflow
 from ropewalk.infra.mlflow_database import default_tracking_uri, prepare, set_environment
 from ropewalk.infra.process import is_alive
+from ropewalk.infra.record import run_ids
 from ropewalk.infra.scrub import scrub_text
 from ropewalk.infra.step import UserError
 from ropewalk.infra.store import Store
 
+SERVERS = ("http://", "https://")
+DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
@@ -57,16 +61,27 @@ def serve_ui(
 
     Returns:
         0, also when MLFLOW_TRACKING_URI names a server that runs already: then only its address is shown.
+
+    Raises:
+        UserError: There is nothing to show, or no server to show it.
     """
-    store.pull_runs()
+    if not run_ids(store):
+        raise UserError(f"there are no runs in {store.uri}: `ropewalk run` makes one, --store names another store")
     dashboards = live_dashboards(store.root)
     tracking_uri = default_tracking_uri(store.root)
-    if tracking_uri.startswith(("http://", "https://")):
+    if tracking_uri.startswith(SERVERS):
+        check = check_mlflow(store.root)
+        if not check.ok:
+            raise UserError(f"MLflow at {check.message}")
         _announce(scrub_text(tracking_uri), dashboards, on_ready)
         return 0
-    store.root.mkdir(parents=True, exist_ok=True)
+    if not tracking_uri.startswith(DATABASES):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={scrub_text(tracking_uri)} names neither a server (http://...) nor a database that"
+            " the UI can be started on (sqlite:///...): unset it, or look there yourself"
+        )
     with mlflow_server(store.root, tracking_uri, host, port) as (process, url), _catching_up(store):
-        _announce(url, dashboards, on_ready)
+        _announce(url, dashboards, on_ready, ends_with="Ctrl-C stops the server\n")
         with contextlib.suppress(KeyboardInterrupt), _sigterm_as_interrupt():
             process.wait()
             raise UserError(f"the MLflow server ended by itself with exit status {process.returncode}")
@@ -81,7 +96,10 @@ def mlflow_server(
 
     Raises UserError with the end of its log if it does not come up.
     """
-    prepare(tracking_uri)
+    try:
+        prepare(tracking_uri)
+    except OSError as error:
+        raise UserError(f"the MLflow database {scrub_text(tracking_uri)} cannot be made: {error}") from None
     port = _usable_port(host, port)
     log_path = store_root / "mlflow-ui.log"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
@@ -132,7 +150,12 @@ def _started(run_folder: Path, pid: int) -> float | None:
     return None
 
 
-def _announce(mlflow_url: str, dashboards: list[Dashboard], on_ready: Callable[[dict[str, Any]], None] | None) -> None:
+def _announce(
+    mlflow_url: str,
+    dashboards: list[Dashboard],
+    on_ready: Callable[[dict[str, Any]], None] | None,
+    ends_with: str = "",
+) -> None:
     if on_ready is not None:
         rows = [{"run_id": dashboard.run_id, "url": dashboard.url} for dashboard in dashboards]
         on_ready({"mlflow_url": mlflow_url, "ray_dashboards": rows})
@@ -141,7 +164,7 @@ def _announce(mlflow_url: str, dashboards: list[Dashboard], on_ready: Callable[[
     lines += [f"Ray dashboard of run {dashboard.run_id}: {dashboard.url}" for dashboard in dashboards]
     if not dashboards:
         lines.append("Ray dashboard: none, no run is going on")
-    sys.stdout.write("\n".join([*lines, "Ctrl-C stops the server", ""]))
+    sys.stdout.write("\n".join([*lines, ends_with]))
     sys.stdout.flush()
 
 

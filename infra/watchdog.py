@@ -21,6 +21,7 @@ TICK_SECONDS = 0.25
 ASK_STORE_SECONDS = 1.0
 
 SAVE_AND_STOP, AT_ONCE = 1, 2
+SIGNS_OF_WORK = {"running", "workers_started", "metrics", "progress"}
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,34 @@ class Verdict:
 
 @dataclass
 class _Watched:
-    """An attempt under way. It is at work from the first sign of its process on; until then it waits for its turn."""
+    """An attempt under way. Only what it does counts, not how long it waits for its turn or for its workers."""
 
     attempt: str
     timeout_seconds: float | None
     stall_seconds: float | None
-    began: float | None = None
+    worked: float = 0.0
+    """Seconds that it was at work before `since`."""
+    since: float | None = None
+    """Since when it is at work; None while it waits."""
     heard: float = 0.0
     verdict: Verdict | None = None
     kill_at: float | None = None
 
+    def at_work(self, now: float) -> None:
+        """It has given a sign of work."""
+        self.heard = now
+        self.since = now if self.since is None else self.since
+
+    def waits(self, now: float) -> None:
+        """It waits for room: its clocks stand still until the next sign of work."""
+        if self.since is not None:
+            self.worked, self.since = self.worked + now - self.since, None
+
     def judge(self, now: float) -> Verdict | None:
         """What is wrong with it; None if nothing is."""
-        if self.began is None:
+        if self.since is None:
             return None
-        if self.timeout_seconds is not None and now - self.began > self.timeout_seconds:
+        if self.timeout_seconds is not None and self.worked + now - self.since > self.timeout_seconds:
             # Another attempt would take as long.
             return Verdict(f"timeout: it took longer than {self.timeout_seconds:g} s", False)
         if self.stall_seconds is not None and now - self.heard > self.stall_seconds:
@@ -129,12 +143,13 @@ class Watchdog:
         """Watch an attempt at a step."""
         self._watched[step] = _Watched(attempt, timeout_seconds, stall_seconds)
 
-    def heard(self, step: str) -> None:
-        """The stage of a step, or its process when it begins, has reported something."""
+    def heard(self, step: str, kind: str) -> None:
+        """A step has reported an event of this kind."""
         watched = self._watched.get(step)
-        if watched is not None:
-            watched.heard = self._clock()
-            watched.began = watched.heard if watched.began is None else watched.began
+        if watched is not None and kind in SIGNS_OF_WORK:
+            watched.at_work(self._clock())
+        elif watched is not None and kind == "workers_queued":
+            watched.waits(self._clock())
 
     def end(self, step: str) -> Verdict | None:
         """Watch an attempt no more; returns why it was stopped, None if it was not."""

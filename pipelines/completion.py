@@ -42,13 +42,23 @@ def pipelines(params: dict[str, Any], incomplete: str) -> Iterator[str]:
     from ropewalk.pipelines.load import pipeline_names
 
     yield from pipeline_names()
-    folder, _, start = incomplete.rpartition("/")
-    for path in sorted(Path(folder or ("/" if incomplete.startswith("/") else ".")).glob(f"{start}*")):
-        place = f"{folder}/{path.name}" if "/" in incomplete else path.name
+    for place, path in _places(incomplete):
         if path.is_dir() and not path.name.startswith("."):
             yield f"{place}/"
         elif path.suffix == ".py":
             yield place
+
+
+@_offer
+def folders(params: dict[str, Any], incomplete: str) -> Iterator[str]:
+    """Folders that begin like the incomplete path."""
+    yield from (f"{place}/" for place, path in _places(incomplete) if path.is_dir())
+
+
+@_offer
+def files(params: dict[str, Any], incomplete: str) -> Iterator[str]:
+    """Files and folders that begin like the incomplete path."""
+    yield from (f"{place}/" if path.is_dir() else place for place, path in _places(incomplete))
 
 
 @_offer
@@ -82,6 +92,13 @@ def parameters(params: dict[str, Any], incomplete: str) -> Iterator[str]:
     from ropewalk.pipelines.load import pipeline_parameters
 
     yield from (f"{name}=" for name in pipeline_parameters(params["pipeline"]))
+
+
+def _places(incomplete: str) -> Iterator[tuple[str, Path]]:
+    """What begins like an incomplete path, as the user would go on writing it and as a path."""
+    folder, _, start = incomplete.rpartition("/")
+    for path in sorted(Path(folder or ("/" if incomplete.startswith("/") else ".")).glob(f"{start}*")):
+        yield (f"{folder}/{path.name}" if "/" in incomplete else path.name), path
 
 
 def _loaded(params: dict[str, Any]) -> Any:

@@ -162,6 +162,10 @@ class Display:
             state.begin(self._time(event))
         elif kind == "running":
             state.status, state.started = "running", self._time(event)
+        elif kind == "workers_queued":
+            state.status, state.reason = "queued", f"waits for room for {event['workers']}"
+        elif kind == "workers_started":
+            state.status = "running"
         elif kind == "progress":
             state.advance(event, self._time(event))
         elif kind == "metrics":
@@ -189,6 +193,10 @@ class Display:
                 return f"{step}: done in {duration(event['seconds'])}" + (f", {shown}" if shown else "")
             case "step_failed":
                 return f"{step}: failed after {duration(event['seconds'])}: {event['error']}"
+            case "workers_queued":
+                return f"{step}: waits for room for {event['workers']}"
+            case "workers_started":
+                return f"{step}: its workers have started"
             case "step_waiting":
                 return f"{step}: waiting, {event['reason']}"
             case "attempt_failed":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ropewalk.infra.step import Pipeline
-from ropewalk.pipelines.commands import Request, make_plan
-from ropewalk.pipelines.load import load_pipeline
+from ropewalk.pipelines.output import emit
+from ropewalk.pipelines.plan_commands import Request, load, make_plan
 
 GraphFormat = Literal["mermaid", "dot"]
 COLOURS = {"reuse": "#c8e6c9", "run": "#ffe0b2", "may-run": "#fff9c4"}
@@ -17,11 +16,13 @@ COLOURS = {"reuse": "#c8e6c9", "run": "#ffe0b2", "may-run": "#fff9c4"}
 
 def show_graph(request: Request, store_uri: str, *, form: GraphFormat, with_status: bool, as_json: bool) -> int:
     """Print the graph of a pipeline, with what a run would do to each step if `with_status`."""
-    pipeline = load_pipeline(request["pipeline"], request["param"], request["set"]).pipeline
+    pipeline = load(request).pipeline
     statuses = {plan.name: plan.status for plan in make_plan(request, store_uri)} if with_status else {}
     graph = graph_json(pipeline, statuses)
-    draw = {"mermaid": mermaid, "dot": dot}[form]
-    sys.stdout.write((json.dumps(graph, ensure_ascii=False) if as_json else draw(graph)) + "\n")
+    if as_json:
+        emit(graph)
+    else:
+        sys.stdout.write({"mermaid": mermaid, "dot": dot}[form](graph) + "\n")
     return 0
 
 

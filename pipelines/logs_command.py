@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
+from typing import IO
 
 from ropewalk.infra import record
 from ropewalk.infra.event_tail import EventTail
 from ropewalk.infra.run_logs import RunLogs, print_logs
 from ropewalk.infra.step import UserError, unknown
 from ropewalk.infra.store import Store
+from ropewalk.pipelines.output import emit
+from ropewalk.pipelines.records import find_run, has_begun
 
 POLL_SECONDS = 0.5
 LAST_WORDS_SECONDS = 6.0
@@ -24,24 +26,24 @@ def show_logs(
     store_uri: str, run_id: str, step: str | None, *, attempt: int | None, follow: bool, as_json: bool
 ) -> int:
     """Print the logs of a run; with `follow`, go on until the run has ended."""
-    from ropewalk.pipelines.commands import find_run
-
     store = Store(store_uri)
-    run_id = find_run(store, run_id)
+    run_id = find_run(store, run_id, submitted=follow)
     ending = Ending(store, run_id)
     wait = ending.wait if follow else lambda: False
     logs = RunLogs(store.root / "runs" / run_id, step, attempt)
+    exit_status = 0
     try:
         steps = _steps(store, run_id, wait)
         if step is not None and step not in steps:
             raise UserError(f"run {run_id}: {unknown('step', step, steps)}")
         print_logs(logs, _write, wait)
     except KeyboardInterrupt:
-        return 130
+        exit_status = 130
     if as_json:
-        rows = [log.to_json() for log in logs.files()]
-        sys.stdout.write(json.dumps({"run_id": run_id, "logs": rows}, ensure_ascii=False) + "\n")
-    return 0
+        emit({"run_id": run_id, "logs": [log.to_json() for log in logs.files()]})
+    elif exit_status == 0 and not logs.files():
+        sys.stderr.write(f"run {run_id} has no logs{' of this attempt' if attempt else ''}: nothing of it ran\n")
+    return exit_status
 
 
 class Ending:
@@ -69,6 +71,9 @@ class Ending:
         """Whether the run has ended, its driver is gone, or its job is over."""
         if self._events.has_ended():
             return True
+        self._store.pull_runs()
+        if not has_begun(self._store, self._run_id):
+            return self._job_is_over()
         state = record.driver_state(record.read_run(self._store, self._run_id))
         return state == "dead" or (state == "elsewhere" and self._job_is_over())
 
@@ -98,32 +103,51 @@ def _steps(store: Store, run_id: str, wait: Callable[[], bool]) -> list[str]:
 def show_driver_log(store_uri: str, run_id: str, address: str | None, *, follow: bool, as_json: bool) -> int:
     """Print what the driver of a submitted run wrote, from its cluster; that is known by the store or given."""
     from ropewalk.infra.submit import Job, follow_job, job_log, read_job
-    from ropewalk.pipelines.commands import find_run
 
     if address:
         job = Job(address, run_id)
     else:
         store = Store(store_uri)
         # A job that waits for its turn has no record of a run yet.
-        job = read_job(store, run_id) or read_job(store, find_run(store, run_id))
+        run_id = find_run(store, run_id, submitted=True)
+        job = read_job(store, run_id)
     if job is None:
         raise UserError(f"run {run_id} was not submitted to a cluster; its driver wrote to the terminal it ran in")
-    if follow:
-        try:
-            follow_job(job, _write_text)
-        except KeyboardInterrupt:
-            return 130
-    else:
-        _write_text(job_log(job))
+    exit_status, lines = 0, WholeLines(sys.stdout)
+    try:
+        if follow:
+            follow_job(job, lines.write)
+        else:
+            lines.write(job_log(job))
+    except KeyboardInterrupt:
+        exit_status = 130
+    lines.close()
     if as_json:
-        sys.stdout.write(json.dumps({"run_id": job.submission_id, "job": job.to_json()}, ensure_ascii=False) + "\n")
-    return 0
+        emit({"run_id": job.submission_id, "job": job.to_json()})
+    return exit_status
+
+
+class WholeLines:
+    """Passes text on as it comes; remembers the last line that was not empty, and ends one that was left open."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._open = ""
+        self.last = ""
+
+    def write(self, text: str) -> None:
+        """Take the next part."""
+        self._file.write(text)
+        self._file.flush()
+        *whole, self._open = (self._open + text).split("\n")
+        self.last = next((line for line in reversed(whole) if line.strip()), self.last)
+
+    def close(self) -> None:
+        """No more will come."""
+        if self._open:
+            self.write("\n")
 
 
 def _write(line: str) -> None:
-    _write_text(line + "\n")
-
-
-def _write_text(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(line + "\n")
     sys.stdout.flush()

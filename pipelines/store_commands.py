@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +15,9 @@ from ropewalk.infra.garbage import Garbage
 from ropewalk.infra.step import External, UserError, unknown
 from ropewalk.infra.store import Store
 from ropewalk.infra.verify import Verdict, verify
-from ropewalk.pipelines.commands import find_run, make_plan
+from ropewalk.pipelines.output import PLAIN, console_on, emit
+from ropewalk.pipelines.plan_commands import make_plan
+from ropewalk.pipelines.records import find_run
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -39,13 +40,13 @@ def verify_outputs(
     sound = sum(verdict.status == "SOUND" for verdict in verdicts)
     if as_json:
         rows = [verdict.to_json() for verdict in verdicts]
-        _emit({"store": store.uri, "deep": deep, "sound": sound, "corrupt": len(corrupt), "commits": rows})
+        emit({"store": store.uri, "deep": deep, "sound": sound, "corrupt": len(corrupt), "commits": rows})
         return 1 if corrupt else 0
-    console = Console()
+    console = console_on()
     for verdict in corrupt:
         console.print(f"CORRUPT {verdict.step or verdict.key[:12]} (commit {verdict.number})", style="red")
         for problem in verdict.problems:
-            console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {problem}", **PLAIN)
     num_bytes = sum(verdict.num_bytes for verdict in verdicts)
     looked = "contents" if deep else "sizes"
     console.print(f"{sound} outputs are sound, {len(corrupt)} corrupt; {_size(num_bytes)}, {looked} compared")
@@ -57,35 +58,34 @@ def verify_outputs(
 
 
 def collect_garbage(
-    store_uri: str,
-    *,
-    keep_runs: int,
-    grace_hours: float,
-    yes: bool,
-    with_runs: bool,
-    pin: list[str],
-    unpin: list[str],
-    as_json: bool,
+    store_uri: str, keep_runs: int, grace_hours: float, *, yes: bool, with_runs: bool, as_json: bool
 ) -> int:
-    """Show or remove what no kept run uses; or pin runs, which removes nothing."""
+    """Show or remove what no kept run uses."""
     store = Store(store_uri)
     policy = garbage.parse_policy(keep_runs, grace_hours)
-    if pin or unpin:
-        pinned = {find_run(store, run_id): True for run_id in pin}
-        pinned |= {find_run(store, run_id): False for run_id in unpin}
-        for run_id, is_pinned in pinned.items():
-            garbage.pin(store, run_id, pinned=is_pinned)
-        _report_pins(pinned, as_json)
-        return 0
     with Console(stderr=True).status("looking for what no kept run uses"):
         dropped = garbage.drop_runs(store, policy, act=yes) if with_runs else []
         found = garbage.collect(store, policy, act=yes)
     sums = {state: sum(item.num_bytes for item in found if item.state == state) for state in ("removed", "due")}
     if as_json:
         rows = [item.to_json() for item in found]
-        _emit({"store": store.uri, "acted": yes, "freed_bytes": sums["removed"], "garbage": rows, "runs": dropped})
+        emit({"store": store.uri, "acted": yes, "freed_bytes": sums["removed"], "garbage": rows, "runs": dropped})
         return 0
     _show_garbage(found, dropped, policy, yes)
+    return 0
+
+
+def pin_runs(store_uri: str, pin: list[str], unpin: list[str], as_json: bool) -> int:
+    """Keep what runs use for ever, or no longer; nothing is removed."""
+    store = Store(store_uri)
+    pinned = {find_run(store, run_id): True for run_id in pin}
+    pinned |= {find_run(store, run_id): False for run_id in unpin}
+    for run_id, is_pinned in pinned.items():
+        garbage.pin(store, run_id, pinned=is_pinned)
+        if not as_json:
+            console_on().print(f"run {run_id} is {'pinned' if is_pinned else 'no longer pinned'}", **PLAIN)
+    if as_json:
+        emit({"pinned": pinned})
     return 0
 
 
@@ -99,13 +99,13 @@ def adopt_data(
     if as_json:
         facts = {field: document[field] for field in ("name", "number", "kind", "source", "digest")}
         num_bytes = sum(entry["size"] for entry in document["files"])
-        _emit({**facts, "uri": f"adopted://{name}", "num_files": len(document["files"]), "num_bytes": num_bytes})
+        emit({**facts, "uri": f"adopted://{name}", "num_files": len(document["files"]), "num_bytes": num_bytes})
         return 0
     files = document["files"]
     size = f", {len(files)} files, {_size(sum(entry['size'] for entry in files))}" if files else ""
-    console = Console()
-    console.print(f"adopted {name}, version {document['number']}{size}", highlight=False, markup=False)
-    console.print(f'use it in a pipeline as External("adopted://{name}")', highlight=False, markup=False)
+    console = console_on()
+    console.print(f"adopted {name}, version {document['number']}{size}", **PLAIN)
+    console.print(f'use it in a pipeline as External("adopted://{name}")', **PLAIN)
     return 0
 
 
@@ -141,16 +141,8 @@ def _verify_with_progress(store: Store, keys: list[str], *, deep: bool, repair: 
         return verify(store, keys, deep=deep, repair=repair, on_commit=advance)
 
 
-def _report_pins(pinned: dict[str, bool], as_json: bool) -> None:
-    if as_json:
-        _emit({"pinned": pinned})
-        return
-    for run_id, is_pinned in pinned.items():
-        Console().print(f"run {run_id} is {'pinned' if is_pinned else 'no longer pinned'}", highlight=False)
-
-
 def _show_garbage(found: list[Garbage], dropped: list[str], policy: garbage.Policy, yes: bool) -> None:
-    console = Console()
+    console = console_on()
     table = Table("key", "attempt", "size", "why", "state", box=None, pad_edge=False)
     for item in found:
         table.add_row(item.key[:12], item.attempt[:12], _size(item.num_bytes), item.reason, item.state)
@@ -174,7 +166,3 @@ def _size(num_bytes: int) -> str:
     while value >= 1024 and unit < len(UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.0f} {UNITS[unit]}" if unit == 0 else f"{value:.1f} {UNITS[unit]}"
-
-
-def _emit(document: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")

@@ -7,35 +7,34 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ropewalk.infra import submit
-from ropewalk.infra.plan import Selection
 from ropewalk.infra.record import new_run_id
-from ropewalk.infra.runner import RunPolicy
 from ropewalk.infra.scrub import scrub
 from ropewalk.infra.step import Pipeline, UserError
 from ropewalk.infra.store import Store
 from ropewalk.pipelines.load import load_pipeline
+from ropewalk.pipelines.logs_command import WholeLines
+from ropewalk.pipelines.options import PipelineOptions, PolicyOptions, SelectionOptions, as_arguments
+from ropewalk.pipelines.output import PLAIN, console_on, emit
 
 PASSED_ON = ("MLFLOW_TRACKING_URI",)
 """Variables of the submitter's environment that the cluster gets too, if they name a server."""
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 @dataclass(frozen=True)
 class Asked:
     """What is to run on the cluster, and with what."""
 
-    request: Mapping[str, Any]
-    """`pipeline`, `set` and `param`, as for `run`."""
+    what: PipelineOptions
+    selected: SelectionOptions
+    how: PolicyOptions
     store_uri: str
-    selection: Selection
-    policy: RunPolicy
     shared_store: bool = False
     """The user says that all nodes see the store's folder."""
     env: tuple[str, ...] = ()
@@ -44,29 +43,26 @@ class Asked:
     @property
     def pipeline_file(self) -> Path | None:
         """The pipeline's file; None for one that comes with the package."""
-        path = Path(self.request["pipeline"])
+        path = Path(self.what.pipeline)
         return path if path.is_file() else None
 
-    def options(self) -> list[str]:
-        """The options of `ropewalk run` that ask for the same."""
-        values: dict[str, Sequence[str]] = {
-            "--set": self.request["set"],
-            "--param": self.request["param"],
-            "--only": self.selection.only,
-            "--from": self.selection.start,
-            "--until": self.selection.until,
-            "--force": self.selection.force,
-            "--on-locked": [self.policy.on_locked] if self.policy.on_locked != "wait" else [],
-            "--max-parallel": [str(self.policy.max_parallel_steps)] if self.policy.max_parallel_steps else [],
-        }
-        given = [text for option, texts in values.items() for value in texts for text in (option, value)]
-        return [*given, *(["--fail-fast"] if self.policy.fail_fast else [])]
+    @property
+    def request(self) -> dict[str, Any]:
+        """What the run's record keeps, so that it can be asked for again on this machine."""
+        file = self.pipeline_file
+        pipeline = str(file.resolve()) if file else self.what.pipeline
+        return {**self.what.request, "pipeline": pipeline, "selection": asdict(self.selected.selection)}
+
+    def command(self, pipeline: str, options: Sequence[str] = ()) -> list[str]:
+        """The `ropewalk run` that asks the cluster for the same."""
+        words = [word for group in (self.what, self.selected, self.how) for word in as_arguments(group)]
+        return submit.run_command(pipeline, _absolute(self.store_uri), [*words, *options])
 
     def load(self) -> Pipeline:
         """The pipeline, loaded here so that a wrong name or setting is refused before anything is sent."""
-        loaded = load_pipeline(self.request["pipeline"], self.request["param"], self.request["set"])
-        self.selection.names(loaded.pipeline)
-        return loaded.pipeline
+        pipeline = load_pipeline(self.what.pipeline, self.what.param, self.what.set_).pipeline
+        self.selected.selection.names(pipeline)
+        return pipeline
 
     def variables(self) -> dict[str, str]:
         """The environment to pass on."""
@@ -96,31 +92,31 @@ def submit_pipeline(asked: Asked, *, address: str, wait: bool, wheel: Path | Non
     """Submit a run; with `wait`, follow it to its end and end as it ended."""
     from ropewalk.infra.wheel import unpack_wheel
 
-    console = Console(stderr=as_json)
+    console = console_on(sys.stderr if as_json else sys.stdout)
     asked.load()
     environment = asked.variables()
     submit.connect(address)
     same_machine = submit.check_store_for(address, asked.store_uri, shared=asked.shared_store)
     store_uri, file = _absolute(asked.store_uri), asked.pipeline_file
-    request = {**asked.request, "pipeline": str(file.resolve()) if file else asked.request["pipeline"]}
-    job = submit.Job(address, new_run_id(), scrub(request), tuple(sorted(environment)), same_machine)
-    options = [*asked.options(), "--run-id", job.submission_id, *(["--json"] if as_json and wait else [])]
-    command = submit.run_command(file.name if file else asked.request["pipeline"], store_uri, options)
+    job = submit.Job(address, new_run_id(), scrub(asked.request), tuple(sorted(environment)), same_machine)
+    options = ["--run-id", job.submission_id, *(["--json"] if as_json and wait else [])]
+    command = asked.command(file.name if file else asked.what.pipeline, options)
     with tempfile.TemporaryDirectory(prefix="ropewalk-submit-") as scratch:
         if wheel is None:
             console.print("building the wheel of this code", **PLAIN)
-        submit.submit_job(
-            job,
-            command,
-            store=Store(store_uri) if same_machine else None,
-            code=unpack_wheel(Path(scratch) / "wheel", wheel),
-            working_dir=_working_dir(file, Path(scratch) / "pipeline"),
-            variables=environment,
-        )
+        code = unpack_wheel(Path(scratch) / "wheel", wheel)
+        working_dir = _working_dir(file, Path(scratch) / "pipeline")
+        store = Store(store_uri) if same_machine else None
+        try:
+            submit.submit_job(job, command, store=store, code=code, working_dir=working_dir, variables=environment)
+        except KeyboardInterrupt:
+            raise UserError(
+                f"interrupted while run {job.submission_id} was handed over; it may have begun: `{_cancel(job)}`"
+            ) from None
     console.print(f"run {job.submission_id} · submitted to {address} · store {store_uri}", **PLAIN)
     if not wait:
-        console.print(f"ropewalk logs {job.submission_id} --store {store_uri} -f  follows it", **PLAIN)
-        _emit(job, store_uri, "submitted", {}, as_json)
+        _tell_how_to_go_on(job, store_uri, console)
+        _end_with_json(job, store_uri, "submitted", {}, as_json)
         return 0
     return _wait(job, store_uri, console, as_json)
 
@@ -138,10 +134,10 @@ def print_manifest(asked: Asked, manifest: Manifest, as_json: bool) -> int:
             " s3://bucket/prefix), or say that all pods mount the folder (--shared-store) and add the volume yourself"
         )
     file = asked.pipeline_file
-    target = f"{rayjob.PIPELINE_FOLDER}/{file.name}" if file else asked.request["pipeline"]
+    target = f"{rayjob.PIPELINE_FOLDER}/{file.name}" if file else asked.what.pipeline
     job = rayjob.RayJob(
         pipeline,
-        submit.run_command(target, _absolute(asked.store_uri), asked.options()),
+        asked.command(target),
         manifest.image,
         metadata.version("ray"),
         manifest.workers,
@@ -157,21 +153,9 @@ def print_manifest(asked: Asked, manifest: Manifest, as_json: bool) -> int:
         manifest.output.write_text(text, encoding="utf-8")
         sys.stderr.write(f"{manifest.output} is written; kubectl apply -f {manifest.output} starts it\n")
     if as_json:
-        sys.stdout.write(json.dumps({"documents": job.documents()}, ensure_ascii=False) + "\n")
+        emit({"documents": job.documents()})
     elif not manifest.output:
         sys.stdout.write(text)
-    return 0
-
-
-def cancel_job(run_id: str, address: str, as_json: bool) -> int:
-    """Stop a submitted run through its cluster: before it has begun, or when its store cannot be reached."""
-    stopped = submit.stop_job(submit.Job(address, run_id))
-    if not stopped:
-        raise UserError(f"the job of run {run_id} has ended; there is nothing to cancel")
-    if as_json:
-        sys.stdout.write(json.dumps({"run_id": run_id, "address": address}) + "\n")
-    else:
-        Console().print(f"asked: run {run_id} lets its steps save, then stops", **PLAIN)
     return 0
 
 
@@ -185,34 +169,33 @@ def _working_dir(pipeline_file: Path | None, folder: Path) -> Path | None:
 
 
 def _wait(job: submit.Job, store_uri: str, console: Console, as_json: bool) -> int:
-    lines = LastLine(console.file)
+    lines = WholeLines(console.file)
     try:
         end = submit.follow_job(job, lines.write)
     except KeyboardInterrupt:
-        console.print(f"\nrun {job.submission_id} goes on; ropewalk cancel {job.submission_id} stops it", **PLAIN)
+        lines.close()
+        console.print(f"run {job.submission_id} goes on", **PLAIN)
+        _tell_how_to_go_on(job, store_uri, console)
+        _end_with_json(job, store_uri, "submitted", {}, as_json)
         return 130
+    lines.close()
     result = _result(lines.last)
     if end.status != "succeeded" and not result:
         console.print(f"run {job.submission_id} {end.status}: {end.message}", **PLAIN)
         result = {"error": end.message}
-    _emit(job, store_uri, end.status, result, as_json)
+    _end_with_json(job, store_uri, end.status, result, as_json)
     return end.exit_code
 
 
-class LastLine:
-    """Passes text on, and remembers the last whole line: with `--json`, the driver's result."""
+def _tell_how_to_go_on(job: submit.Job, store_uri: str, console: Console) -> None:
+    """How to follow and stop a run from any terminal: through its store, and through its cluster."""
+    run = f"{job.submission_id} --store {store_uri}"
+    console.print(f"  ropewalk logs {run} -f  follows it; with --address {job.address} through the cluster", **PLAIN)
+    console.print(f"  {_cancel(job)}  stops it", **PLAIN)
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._open = ""
-        self.last = ""
 
-    def write(self, text: str) -> None:
-        """Take the next part of the log."""
-        self._file.write(text)
-        self._file.flush()
-        *whole, self._open = (self._open + text).split("\n")
-        self.last = next((line for line in reversed(whole) if line.strip()), self.last)
+def _cancel(job: submit.Job) -> str:
+    return f"ropewalk cancel {job.submission_id} --address {job.address}"
 
 
 def _result(line: str) -> dict[str, Any]:
@@ -224,11 +207,10 @@ def _result(line: str) -> dict[str, Any]:
     return result if isinstance(result, dict) and "run_id" in result else {}
 
 
-def _emit(job: submit.Job, store_uri: str, status: str, result: Mapping[str, Any], as_json: bool) -> None:
+def _end_with_json(job: submit.Job, store_uri: str, status: str, result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         facts = {"run_id": job.submission_id, "submission_id": job.submission_id, "address": job.address}
-        document = {**result, **facts, "store": store_uri, "status": status}
-        sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+        emit({**result, **facts, "store": store_uri, "status": status})
 
 
 def _bundle_text(pipeline_file: Path) -> dict[str, str]:

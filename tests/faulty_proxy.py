@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
+import socket
+import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["none", "refuse", "slow request", "slow answer", "500", "403", "401"]
+Fault = Literal["none", "refuse", "reset", "slow request", "slow answer", "500", "403", "401"]
 
 
 class FaultyProxy:
     """Forwards to `target` as long as `fault` is "none"; `met` counts the requests by fault.
 
-    refuse         the connection is closed without an answer
+    refuse         the connection is closed without an answer, and the request never reaches the server
+    reset          the request is served, and the connection is reset in the middle of the answer
     slow request   the request reaches the server only after `delay_seconds`: it is served when nobody waits for it
     slow answer    the request is served at once, the answer comes after `delay_seconds`
     500            the server fails
@@ -75,6 +80,9 @@ class FaultyProxy:
             content = answer.read()
         if fault == "slow answer":
             self._closing.wait(self.delay_seconds)
+        if fault == "reset":
+            _reset(request, content)
+            return
         self._answer(request, answer.status, content, {"Content-Type": answer.getheader("Content-Type", "")})
 
     def _answer(self, request: BaseHTTPRequestHandler, status: int, content: bytes, headers: dict[str, str]) -> None:
@@ -95,8 +103,19 @@ class FaultyProxy:
         self._server.server_close()
 
 
+def _reset(request: BaseHTTPRequestHandler, content: bytes) -> None:
+    """Send half of an answer, then what a server sends that crashes: RST instead of FIN."""
+    request.close_connection = True
+    request.send_response(200)
+    request.send_header("Content-Length", str(len(content)))
+    request.end_headers()
+    request.wfile.write(content[: len(content) // 2])
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(request.connection.detach())
+
+
 @contextlib.contextmanager
-def faulty_mlflow(root: object, delay_seconds: float = 30.0) -> Iterator[FaultyProxy]:
+def faulty_mlflow(root: Path, delay_seconds: float = 30.0) -> Iterator[FaultyProxy]:
     """A real MLflow server on the sqlite database of a store's folder, behind a proxy."""
     from ropewalk.infra.ui import mlflow_server
 

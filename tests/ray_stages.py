@@ -78,7 +78,7 @@ class Squares:
         if number == 5 and not begun.exists():
             begun.write_text("{}")
             os.kill(os.getpid(), signal.SIGKILL)
-        with (self.folder.parents[1] / "squared").open("a") as log:
+        with (self.folder.parents[2] / "squared").open("a") as log:
             log.write(f"{number}\n")
         (folder / f"{number:02d}.txt").write_text(str(number * number))
         return {"square": number * number}
@@ -167,6 +167,38 @@ class gang_of_two:  # noqa: N801
         times = context.gang(_together, context.work, num_workers=2)
         (output.data / "value.json").write_text(str(config.value))
         (output.observed / "times.json").write_text(json.dumps(times))
+
+
+def _wait_once(settings: tuple[Path, bool], worker: Any) -> int:
+    folder, again = settings
+    if not again:
+        if worker.rank == 1:
+            (folder / BEGUN).write_text(json.dumps(place()))
+        time.sleep(300)
+    return worker.rank
+
+
+class waiting_gang:  # noqa: N801
+    """Two ranks that wait to lose one of their nodes, once."""
+
+    NAME, VERSION = "waiting_gang", 1
+
+    @staticmethod
+    def run(config, inputs, output, context):
+        again = (context.work / BEGUN).exists()
+        ranks = context.gang(_wait_once, (context.work, again), num_workers=2)
+        (output.data / "value.json").write_text(json.dumps(ranks))
+
+
+class deaf:  # noqa: N801
+    """Says where it is, then sleeps and never asks whether to stop."""
+
+    NAME, VERSION = "deaf", 1
+
+    @staticmethod
+    def run(config, inputs, output, context):
+        (context.work / BEGUN).write_text(json.dumps(place()))
+        time.sleep(300)
 
 
 class Killed:

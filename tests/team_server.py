@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import re
 import secrets
 import shutil
@@ -15,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,14 +32,16 @@ def postgres() -> Iterator[str]:
     # Not below pytest's folders: those are closed to other users.
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
     data, password, port = folder / "data", secrets.token_hex(8), free_port()
-    user = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
+    user = _not_root()
     if user:
-        shutil.chown(folder, **user)
+        os.chown(folder, user["user"], user["group"])
     secret = folder / "password"
     secret.write_text(password)
-    secret.chmod(0o644)
+    if user:
+        os.chown(secret, user["user"], user["group"])
+    secret.chmod(0o600)
     options = ["--username=mlflow", f"--pwfile={secret}", "--auth=scram-sha-256", "--encoding=UTF8", "--no-sync"]
-    subprocess.run([_program("initdb"), "-D", data, *options], check=True, capture_output=True, cwd=folder, **user)
+    subprocess.run([_program("initdb"), "-D", data, *options], check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
     secret.unlink()
     command = [_program("postgres"), "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", "", "-F"]
     with (folder / "log").open("wb") as log:
@@ -92,6 +96,15 @@ class MlflowServer:
                 return True
         except OSError:
             return False
+
+
+def _not_root() -> dict[str, Any]:
+    """Options of `subprocess` that leave root's rights; none if we have none."""
+    if os.geteuid() != 0:
+        return {}
+    names = {entry.pw_name: entry for entry in pwd.getpwall()}
+    entry = names.get("postgres", names["nobody"])
+    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
 
 
 def _program(name: str) -> str:

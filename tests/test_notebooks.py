@@ -10,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 from run_records import RecordBuilder, store_with_database, write_quickstart_run
 
+from ropewalk.infra.store import Store
 from ropewalk.infra.tracking import sync
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -31,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         for run_id in ("run-1", "run-2"):
-            sync(root, run_id)
+            sync(Store(str(root)), run_id)
     return root
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -112,3 +115,53 @@ class gang:  # noqa: N801
     @staticmethod
     def run(config, inputs, output, context):
         context.gang(rank_that_waits, config, num_workers=2)
+
+
+class resuming:  # noqa: N801
+    """Counts to six and saves each count, whole, in its scratch folder. The first attempt is stopped before its third.
+
+    When that one goes on, it writes its third; the others wait for that at their fifth.
+    """
+
+    NAME, VERSION = "resuming", 1
+
+    @staticmethod
+    def run(config, inputs, output, context):
+        folder, saved = Path(config.folder), context.work / "count"
+        count = int(saved.read_text()) if saved.exists() else 0
+        while count < 6:
+            count += 1
+            if count == 3 and not (folder / "late").exists():
+                (folder / "late").touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+                try:
+                    save(saved, count)
+                finally:
+                    (folder / "woken").touch()
+            while count == 5 and not (folder / "woken").exists():
+                time.sleep(0.02)
+            save(saved, count)
+            with (folder / "counts").open("a") as file:
+                file.write(f"{count} ")
+            if count == 5 and saved.read_text() != "5":
+                raise AssertionError("somebody else writes here")
+        (output.data / "value.json").write_text("6")
+
+
+def save(path: Path, count: int) -> None:
+    """Write a count, whole or not at all."""
+    temporary = path.with_name(uuid.uuid4().hex)
+    temporary.write_text(str(count))
+    temporary.replace(path)
+
+
+class holding:  # noqa: N801
+    """Once holds the interpreter's lock for some seconds, so that no other thread of its process runs."""
+
+    NAME, VERSION = "holding", 1
+
+    @staticmethod
+    def run(config, inputs, output, context):
+        if count(config, "holding") <= config.num_failures:
+            ctypes.PyDLL(None).sleep(4)
+        (output.data / "value.json").write_text("1")

@@ -1,11 +1,13 @@
-"""Time of a training step while MLflow is down, slow, failing or locked, against that while it is well.
+"""Time of a training step while MLflow is well, down, slow, failing or locked, against that without any tracking.
 
-    python tests/benchmarks/tracking_outage.py --pairs 5 --window 5
+    python tests/benchmarks/tracking_outage.py --rounds 5 --window 2 --output outage.json
 
-For each kind of outage one run through the command line, local executor, whose step trains a small network in steps of
-equal work and reports each. While it trains, MLflow is made well and ill in turns, so that what else the machine does
-falls on both alike; the first turn is an ill one, so that it is ill when the run begins. Printed is the median over
-pairs of neighbouring turns of the ratio of their median step times. The claim: less than 5 percent.
+One run through the command line, local executor, whose step trains a small network in steps of equal work and reports
+each. While it trains, its tracking process is replaced again and again: in every round each state of MLflow has a turn,
+in random order, and before and after it is a turn without a tracking process. The ratio of a turn is its median step
+time over that of the two turns around it, so that what else the machine does falls on both alike. A turn begins when
+the tracking process has met the state. The claim: less than 5 percent. A ratio of turns without tracking among
+themselves ("off") shows the noise. Takes about 3.5 minutes.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,23 +32,32 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
 from faulty_proxy import FaultyProxy, faulty_mlflow
+from measurements import write_measurements
 from pydantic import BaseModel, ConfigDict
 from run_records import store_with_database
 
+from ropewalk.infra import tracking
+from ropewalk.infra.event_tail import EventTail
+from ropewalk.infra.mlflow_ids import ids_path, read_ids
 from ropewalk.infra.step import Pipeline, Step
+from ropewalk.infra.store import Store
 
-CASES = ("refuse", "slow request", "slow answer", "500", "403", "401", "locked")
+FAULTS = {"server down": "refuse", "server slow": "slow answer", "server 403": "403", "server 500": "500"}
+FAULTS |= {"server resets": "reset"}
+STATES = ("server well", *FAULTS, "sqlite well", "sqlite locked", "off")
 SLOW_SECONDS = 30.0
-Switch = Callable[[bool], None]
+MEETING_SECONDS = 60.0
+WARM_UP_SECONDS = 3.0
+Span = tuple[float, float]
 
 
 class TrainingConfig(BaseModel):
-    """A network and how long it trains."""
+    """A network and the file that ends its training when it is there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seconds: float
-    width: int = 384
+    until: str
+    width: int = 512
     rows: int = 512
 
 
@@ -63,9 +76,9 @@ class training:  # noqa: N801
         model = torch.nn.Sequential(*layers)
         optimizer = torch.optim.AdamW(model.parameters())
         batch = torch.randn(config.rows, config.width)
-        steps, end = [], time.time() + config.seconds
-        while (when := time.time()) < end:
-            began = time.perf_counter()
+        steps = []
+        while not Path(config.until).exists():
+            when, began = time.time(), time.perf_counter()
             loss = (model(batch) - batch.flip(0)).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -75,65 +88,168 @@ class training:  # noqa: N801
         (output.data / "steps.json").write_text(json.dumps(steps))
 
 
-def pipeline(seconds: float = 30.0) -> Pipeline:
+def pipeline(until: str) -> Pipeline:
     """One training step."""
-    return Pipeline("training", (Step("train", training, TrainingConfig(seconds=seconds)),))
+    return Pipeline("training", (Step("train", training, TrainingConfig(until=until)),))
+
+
+class Training:
+    """The run that goes on through all turns, and the one tracking process that it has at a time."""
+
+    def __init__(self, folder: Path, proxy: FaultyProxy) -> None:
+        self.root = folder / "store"
+        self._proxy = proxy
+        self._until = folder / "until"
+        self._database = store_with_database(folder / "beside") / "mlflow.db"
+        self._tracker: subprocess.Popen[bytes] | None = None
+        self.run_id = ""
+        self.tracker_cores: dict[str, list[float]] = defaultdict(list)
+
+    def start(self) -> None:
+        """Start the run, and end the tracking process that it starts by itself."""
+        command = [sys.executable, "-m", "ropewalk.pipelines.cli", "run", __file__, "--executor", "local", "--json"]
+        options = ["--store", str(self.root), "--param", f"until={self._until}"]
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": self._proxy.url, "OMP_NUM_THREADS": "1"}
+        self._driver = subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
+        records = (self.root / "runs").glob
+        await_that(lambda: any('"metrics"' in path.read_text() for path in records("*/events.jsonl")))
+        self.run_id = next(records("*")).name
+        for child in psutil.Process(self._driver.pid).children():
+            if "--follow" in child.cmdline():
+                child.kill()
+        time.sleep(WARM_UP_SECONDS)
+
+    def turn(self, state: str, seconds: float) -> Span:
+        """Let the run go on in a state for so long; returns when that was."""
+        if state == "off":
+            return self._span(seconds)
+        with self._ill(state), self._tracking(state):
+            tracker = psutil.Process(self._tracker.pid)
+            before = sum(tracker.cpu_times()[:2])
+            span = self._span(seconds)
+            self.tracker_cores[state].append((sum(tracker.cpu_times()[:2]) - before) / seconds)
+        return span
+
+    def finish(self) -> list[tuple[float, float]]:
+        """End the run; returns when each step began, and its seconds."""
+        self._until.touch()
+        result = json.loads(self._driver.communicate()[0].splitlines()[-1])
+        assert result["status"] == "succeeded"
+        return json.loads((Path(result["steps"][0]["output"]["uri"]) / "steps.json").read_text())
+
+    def _span(self, seconds: float) -> Span:
+        began = time.time()
+        time.sleep(seconds)
+        return began, time.time()
+
+    @contextlib.contextmanager
+    def _ill(self, state: str) -> Iterator[None]:
+        self._proxy.fault = FAULTS.get(state, "none")
+        if state != "sqlite locked":
+            yield
+            return
+        with contextlib.closing(sqlite3.connect(self._database, isolation_level=None, timeout=60)) as database:
+            database.execute("begin exclusive")
+            yield
+
+    @contextlib.contextmanager
+    def _tracking(self, state: str) -> Iterator[None]:
+        """The real tracking process; it goes on from where the last one on the same MLflow got to."""
+        place = "sqlite" if state.startswith("sqlite") else "server"
+        ids, kept = ids_path(self.root, self.run_id), self.root / f"{place}.json"
+        if kept.exists():
+            shutil.copy(kept, ids)
+        uri = f"sqlite:///{self._database}" if place == "sqlite" else self._proxy.url
+        met = self._proxy.met[self._proxy.fault]
+        with environment(MLFLOW_TRACKING_URI=uri):
+            self._tracker = tracking.start(Store(self.root), self.run_id)
+        try:
+            if state in FAULTS:
+                await_that(lambda: self._proxy.met[self._proxy.fault] > met)
+            elif state == "sqlite locked":
+                await_that(lambda: self._has_open(self._database))
+            else:
+                recorded = EventTail(self.root / "runs" / self.run_id / "events.jsonl").last()
+                await_that(lambda: read_ids(ids).seq > recorded["seq"])
+            yield
+        finally:
+            self._tracker.kill()
+            self._tracker.wait()
+            if ids.exists():
+                shutil.copy(ids, kept)
+
+    def _has_open(self, path: Path) -> bool:
+        return any(file.path == str(path) for file in psutil.Process(self._tracker.pid).open_files())
 
 
 @contextlib.contextmanager
-def tracked(case: str, proxy: FaultyProxy, folder: Path) -> Iterator[tuple[str, Switch]]:
-    """Where to track, and what makes it ill (True) or well."""
-    if case != "locked":
-        yield proxy.url, lambda ill: setattr(proxy, "fault", case if ill else "none")
-        return
-    path = store_with_database(folder / "locked") / "mlflow.db"
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=60)) as database:
-        yield f"sqlite:///{path}", lambda ill: database.execute("begin exclusive" if ill else "rollback") and None
+def environment(**variables: str) -> Iterator[None]:
+    """Set variables of this process for a while."""
+    saved = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
 
 
-def ratios(uri: str, switch: Switch, pairs: int, window: float) -> tuple[list[float], float]:
-    """The ratio of each pair of turns, and the share of a core that the tracking process took while MLflow was ill."""
-    cpu, turns = 0.0, []
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "ropewalk.pipelines.cli", "run", __file__, "--executor", "local", "--json"]
-        options = ["--store", folder, "--param", f"seconds={2 * pairs * window + 1}"]
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
-        switch(True)
-        driver = subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
-        while not any('"metrics"' in path.read_text() for path in Path(folder).glob("runs/*/events.jsonl")):
-            assert driver.poll() is None
-            time.sleep(0.05)
-        tracker = next(child for child in psutil.Process(driver.pid).children() if "--follow" in child.cmdline())
-        for number in range(2 * pairs):
-            ill = number % 2 == 0
-            if number:
-                switch(ill)
-            before, began = sum(tracker.cpu_times()[:2]), time.time()
-            time.sleep(window)
-            turns.append((began, time.time()))
-            cpu += sum(tracker.cpu_times()[:2]) - before if ill else 0.0
-        result = json.loads(driver.communicate()[0].splitlines()[-1])
-        assert result["status"] == "succeeded"
-        steps = json.loads((Path(result["steps"][0]["output"]["uri"]) / "steps.json").read_text())
-    medians = [statistics.median(s for when, s in steps if began <= when and when + s <= end) for began, end in turns]
-    return [medians[i] / medians[i + 1] for i in range(0, len(medians), 2)], cpu / (pairs * window)
+def await_that(condition: Callable[[], bool]) -> None:
+    """Wait until it is true."""
+    deadline = time.monotonic() + MEETING_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
 
 
-def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--window", type=float, default=5.0, help="seconds of a turn")
-    asked = parser.parse_args()
-    print("MLflow          step time, ill / well: median   (lowest to highest)   tracking process, cores while ill")
+def measure(rounds: int, window: float) -> dict[str, dict[str, float | list[float]]]:
+    """The ratios of all turns by state, their median, and the cores that the tracking process took."""
+    turns: list[tuple[str, Span]] = []
     with tempfile.TemporaryDirectory() as name:
         root = store_with_database(Path(name) / "served")
         with faulty_mlflow(root, SLOW_SECONDS) as proxy:
-            for case in random.sample(CASES, len(CASES)):
-                with tracked(case, proxy, Path(name)) as (uri, switch):
-                    found, cores = ratios(uri, switch, asked.pairs, asked.window)
-                median, low, high = statistics.median(found), min(found), max(found)
-                print(f"{case:<15} {median:28.3f}   ({low:.3f} to {high:.3f}) {cores:28.3f}", flush=True)
+            run = Training(Path(name), proxy)
+            run.start()
+            for number in range(rounds):
+                print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+                for state in random.sample(STATES, len(STATES)):
+                    turns += [("between", run.turn("off", window)), (state, run.turn(state, window))]
+            turns.append(("between", run.turn("off", window)))
+            steps = run.finish()
+    medians = [
+        statistics.median(s for when, s in steps if began <= when and when + s <= end) for _, (began, end) in turns
+    ]
+    found: dict[str, list[float]] = defaultdict(list)
+    for i in range(1, len(turns), 2):
+        found[turns[i][0]].append(2 * medians[i] / (medians[i - 1] + medians[i + 1]))
+    step_ms = 1000 * statistics.median(medians[::2])
+    return {
+        state: {
+            "ratio": statistics.median(found[state]),
+            "ratios": sorted(found[state]),
+            "tracker_cores": statistics.mean(run.tracker_cores[state] or [0.0]),
+            "step_ms_without_tracking": step_ms,
+        }
+        for state in STATES
+    }
+
+
+def main() -> None:
+    """Print a table, and write the numbers to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--window", type=float, default=2.0, help="seconds of a turn")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    asked = parser.parse_args()
+    numbers = measure(asked.rounds, asked.window)
+    step_ms = numbers["off"]["step_ms_without_tracking"]
+    print(f"step time over that without tracking ({step_ms:.1f} ms), {asked.rounds} turns of {asked.window:g} s each")
+    print("MLflow           median    lowest   highest   cores of the tracking process")
+    for state, each in numbers.items():
+        low, high = each["ratios"][0], each["ratios"][-1]
+        print(f"{state:<14} {each['ratio']:8.3f} {low:9.3f} {high:9.3f} {each['tracker_cores']:12.3f}")
+    if asked.output:
+        write_measurements(asked.output, numbers, ("ropewalk", "torch", "mlflow"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ropewalk.infra import lease
 from ropewalk.infra.store import Store, StoreError
@@ -14,23 +15,30 @@ SLACK_SECONDS = 5.0
 """Between the last look for a commit and the journal's line of an execution, a process may be stopped for a while."""
 
 
-def broken_commits(store: Store, *, excused: Collection[str]) -> Iterator[str]:
-    """Numbers without gaps, one commit a key unless it was forced or damaged, and every byte as it was committed."""
+def broken_commits(store: Store, more: Mapping[str, int] | None = None, unsound: Collection[str] = ()) -> Iterator[str]:
+    """Numbers without gaps, one commit a key, and every byte of the latest one as it was committed.
+
+    Args:
+        store: The store.
+        more: How many more commits a key may have had: each time that it was forced, damaged or collected is one.
+        unsound: Keys that were damaged and not made again yet.
+    """
     for key in store.objects.names("objects"):
         numbers = store.numbers(key)
         withdrawn = [int(name.partition(".")[0]) for name in store.objects.names(f"objects/{key}/withdrawn")]
         # Garbage collection removes a commit, but what says that it was withdrawn stays.
         if sorted({*numbers, *withdrawn}) != list(range(len({*numbers, *withdrawn}))):
             yield f"{key}: commits are numbered {numbers}, withdrawn are {withdrawn}"
-        if len(numbers) > 1 and key not in excused:
-            yield f"{key}: {len(numbers)} commits, though nobody forced or damaged it"
-        if numbers and key not in excused:
+        made, allowed = max((*numbers, *withdrawn), default=-1) + 1, 1 + (more or {}).get(key, 0)
+        if made > allowed:
+            yield f"{key}: {made} commits were made, {allowed} are accounted for"
+        if set(numbers) - set(withdrawn) and key not in unsound:
             try:
                 commit, problems = store.latest(key)
             except StoreError as error:
                 yield f"{key}: {error}"
                 continue
-            problems += store.problems(commit, deep=True) if commit else ["no commit is valid"]
+            problems = store.problems(commit, deep=True) if commit else [*problems, "no commit is valid"]
             yield from (f"{key}: {problem}" for problem in problems)
 
 
@@ -55,16 +63,29 @@ def broken_leases(store: Store, *, drivers_ended: bool) -> Iterator[str]:
 
 def repeated_work(store: Store, journal: Path, *, excused: Collection[str]) -> Iterator[str]:
     """No execution of a key begins after the key was committed."""
-    lines = journal.read_text().splitlines() if journal.exists() else []
-    began = [entry for entry in map(json.loads, lines) if entry["what"] == "began"]
-    for entry in began:
+    for entry in _entries(journal):
         key = entry["key"]
-        if key in excused:
+        if entry["what"] != "began" or key in excused:
             continue
         commit, _ = store.latest(key)
         if commit and entry["time"] > commit.record["committed_at"] + SLACK_SECONDS:
             late = entry["time"] - commit.record["committed_at"]
             yield f"{key}: attempt {entry['attempt']} began {late:.1f} s after the commit"
+
+
+def lost_work(journal: Path, *, excused: Collection[str]) -> Iterator[str]:
+    """What an execution of a key has kept in its scratch folder is found by every one that begins later.
+
+    Not for an object store, to which the folder is copied every few seconds.
+    """
+    kept: dict[str, set[int]] = {}
+    for entry in sorted(_entries(journal), key=lambda entry: entry["time"]):
+        before = kept.setdefault(entry["key"], set())
+        if entry["what"] == "kept":
+            before.add(entry["part"])
+        elif entry["what"] == "began" and entry["key"] not in excused and not before <= set(entry["found"]):
+            missing = sorted(before - set(entry["found"]))
+            yield f"{entry['key']}: attempt {entry['attempt']} did not find the parts {missing} of earlier ones"
 
 
 def broken_records(store: Store) -> Iterator[str]:
@@ -115,6 +136,10 @@ def processes_with(variable: str, value: str) -> list[int]:
             if wanted in environment and alive:
                 found.append(int(folder.name))
     return found
+
+
+def _entries(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
 
 
 def _attempt_of(store: Store, key: str, name: str) -> str | None:

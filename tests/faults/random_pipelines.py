@@ -33,13 +33,13 @@ def _unrest() -> float:
     return float(os.environ.get("SOAK_UNREST", "0"))
 
 
-def journal(output: Path, what: str) -> None:
-    """One line for an execution that begins or ends. Single small appends are not torn."""
+def journal(output: Path, what: str, **facts: object) -> None:
+    """One line for an execution that begins, keeps a part, or ends. Single small appends are not torn."""
     path = os.environ.get("SOAK_JOURNAL")
     if path:
         attempt = output.parent
-        facts = {"what": what, "time": time.time(), "pid": os.getpid(), "attempt": attempt.name}
-        line = json.dumps({**facts, "key": attempt.parent.parent.name}) + "\n"
+        entry = {"what": what, "time": time.time(), "pid": os.getpid(), "attempt": attempt.name, **facts}
+        line = json.dumps({**entry, "key": attempt.parent.parent.name}) + "\n"
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(handle, line.encode())
         os.close(handle)
@@ -57,7 +57,9 @@ class blend:  # noqa: N801
 
     @staticmethod
     def run(config, inputs, output, context):
-        journal(output.data, "began")
+        looked_at = time.time()
+        found = [n for n in range(config.num_files) if (context.work / f"part-{n}").exists()]
+        journal(output.data, "began", time=looked_at, found=found)
         hasher = hashlib.sha256(config.salt.encode())
         for slot, folder in sorted(inputs.items()):
             for path in sorted(folder.iterdir()):
@@ -75,6 +77,7 @@ class blend:  # noqa: N801
             unfinished = kept.with_suffix(f".{os.getpid()}")
             unfinished.write_bytes(part)
             unfinished.replace(kept)
+            journal(output.data, "kept", part=number)
             with (output.data / f"part-{number}").open("wb") as file:
                 file.write(part[: len(part) // 2])
                 file.flush()

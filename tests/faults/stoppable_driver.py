@@ -11,9 +11,11 @@ import engine
 import toy_stages
 from faults import points
 
+from ropewalk.infra.store import Store
+
 if __name__ == "__main__":
     root, point, step = sys.argv[1:]
-    points.arm(point, step, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-    result = engine.run(toy_stages.diamond(), Path(root))
+    points.arm(point, step, lambda: os.kill(os.getpid(), signal.SIGSTOP), type(Store(root).objects))
+    result = engine.run(toy_stages.diamond(), root)
     outcome = next(each for each in result.steps if each.name == step)
     print(result.status, outcome.status, outcome.reason)

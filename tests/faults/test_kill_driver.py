@@ -25,19 +25,21 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_at_any_point_the_next_run_completes_with_equal_digests(tmp_path, monkeypatch, point, undisturbed):
+def test_killed_at_any_point_the_next_run_completes_with_equal_digests(
+    tmp_path, monkeypatch, store_uri, elsewhere, point, undisturbed
+):
     monkeypatch.setenv("TOY_COUNTER", str(tmp_path))
-    root = tmp_path / "store"
-    killed = subprocess.run([sys.executable, str(DRIVER), str(root), point, "right"], env=os.environ, check=False)
+    command = [sys.executable, str(DRIVER), store_uri, point, "right"]
+    killed = subprocess.run(command, env={**os.environ, **elsewhere}, check=False)
     assert killed.returncode == -signal.SIGKILL, "the driver was to die at this point"
     before = executions(tmp_path)
     (tmp_path / "executions").write_text("")
-    again = run(diamond(), root)
+    again = run(diamond(), store_uri)
     expected = {"first": "reused", "left": "reused", "right": "reused" if point in COMMITTED else "ran", "last": "ran"}
     assert statuses(again) == expected
     assert executions(tmp_path).count("number") == 0 and before.count("number") == 1
     assert [step.commit.digest for step in again.steps] == undisturbed
-    store = Store(root)
-    assert list(invariants.broken_commits(store, excused=())) == []
+    store = Store(store_uri)
+    assert list(invariants.broken_commits(store)) == []
     assert list(invariants.broken_leases(store, drivers_ended=True)) == []
     assert list(invariants.broken_records(store)) == []

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 from engine import run, value_of
-from ray_stages import BEGUN, Nothing, Number, gang_of_two, lazy_reader, reporting, sleepers, squares, waiting
+from ray_stages import (
+    BEGUN,
+    Nothing,
+    Number,
+    gang_of_two,
+    lazy_reader,
+    reporting,
+    sleepers,
+    squares,
+    waiting,
+    waiting_gang,
+)
 
 from ropewalk.infra.on_ray import RayExecutor
 from ropewalk.infra.record import read_events
@@ -55,7 +66,7 @@ def disturbed(cluster, root, pipeline, disturb):
     def watch():
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            for path in Path(root).glob(f"work/*/{BEGUN}"):
+            for path in Path(root).glob(f"work/*/*/{BEGUN}"):
                 text = path.read_text()
                 if text:
                     disturb(json.loads(text), executor)
@@ -132,6 +143,28 @@ def test_a_step_whose_node_is_lost_runs_again_on_another(cluster, spots, tmp_pat
     assert points(events) == list(range(10))
 
 
+@pytest.mark.parametrize("notice_seconds", [0, 10])
+def test_a_gang_that_loses_a_preempted_node_runs_again_and_no_failure_is_counted(
+    cluster, spots, tmp_path, notice_seconds
+):
+    seat = Resources(num_cpus=0, custom={"spot": 1})
+    once = Retries(max_attempts=1, backoff_seconds=0.1)
+    step = Step("s", waiting_gang, Nothing(), resources=WAITS, worker_resources=seat, retries=once)
+
+    def lose(place, executor):
+        drain(cluster, place["node"])
+        spots.append(cluster.add_node(num_cpus=1, resources={"spot": 1}))
+        time.sleep(notice_seconds)
+        node = next(node for node in spots if node.node_id == place["node"])
+        cluster.remove_node(node, allow_graceful=False)
+
+    result, events = disturbed(cluster, tmp_path / "store", single(step), lose)
+    assert result.status == "succeeded" and value_of(result, "s") == [0, 1], result
+    (failed,) = [event for event in events if event["type"] == "attempt_failed"]
+    assert (failed["kind"], failed["num_failed"], failed["num_preempted"]) == ("preempted", 0, 1), failed
+    assert len(failed["error"]) < 200, failed
+
+
 def drain(cluster, node):
     """Tell Ray that a node is about to be taken away, as a cloud's autoscaler does."""
     import ray
@@ -191,7 +224,7 @@ def test_a_cancelled_map_ends_without_waiting_for_its_items_and_frees_its_actors
     result, _ = disturbed(cluster, tmp_path / "store", single(step), lambda place, executor: executor.cancel("s"))
     assert result.status == "failed" and "cancelled" in result.steps[0].reason, result
     assert "process died" not in result.steps[0].reason, "it ended by itself"
-    workers = [int(path.name[4:]) for path in (tmp_path / "store" / "work").glob("*/pid-*")]
+    workers = [int(path.name[4:]) for path in (tmp_path / "store" / "work").glob("*/*/pid-*")]
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -199,7 +232,9 @@ def test_a_cancelled_map_ends_without_waiting_for_its_items_and_frees_its_actors
 
 
 def test_two_gangs_on_a_cluster_that_holds_one_run_one_after_the_other(cluster, tmp_path):
-    steps = [Step(f"g{n}", gang_of_two, Number(value=n), resources=WAITS, worker_resources=SEAT) for n in range(2)]
+    # One of them waits for its workers for longer than it may be silent while it works.
+    execution = {"resources": WAITS, "worker_resources": SEAT, "stall_seconds": 6.0}
+    steps = [Step(f"g{n}", gang_of_two, Number(value=n), **execution) for n in range(2)]
     pipeline = Pipeline("p", tuple(steps))
     result = run(pipeline, tmp_path / "store", executor=RayExecutor(pipeline, cluster.address))
     assert result.status == "succeeded", result
@@ -207,6 +242,11 @@ def test_two_gangs_on_a_cluster_that_holds_one_run_one_after_the_other(cluster, 
         json.loads((step.commit.attempt.observed / "times.json").read_text()) for step in result.steps
     )
     assert max(end for _, end in first) <= min(start for start, _ in second)
+    events = list(read_events(Store(tmp_path / "store"), result.run_id))
+    queue = [(event["step"], event["type"]) for event in events if event["type"].startswith("workers_")]
+    for name in ("g0", "g1"):
+        assert [kind for step, kind in queue if step == name] == ["workers_queued", "workers_started"]
+    assert next(e for e in events if e["type"] == "workers_queued")["workers"] == "2 workers with 1 seat each"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from object_store_server import new_bucket, object_store_server
 
-from ropewalk.infra.mirror import WorkMirror, check_work_is_shared, mark_work
+from ropewalk.infra.mirror import WorkMirror
 from ropewalk.infra.run_mirror import PIECE_BYTES, RunMirror
-from ropewalk.infra.step import UserError
 from ropewalk.infra.store import Store
 
 
@@ -36,7 +35,7 @@ def machine(tmp_path, monkeypatch):
 
 def lost(store, key="key", **options):
     """A mirror as a machine leaves it that is lost: without a last upload."""
-    mirror = WorkMirror(store, key, interval=3600, **options)
+    mirror = WorkMirror(store, key, store.work(key, 0), interval=3600, **options)
     return mirror.__enter__()
 
 
@@ -50,19 +49,19 @@ def uploads(store):
 
 def test_what_an_attempt_left_is_there_for_the_next_on_another_machine(machine):
     store = machine("a")
-    with pytest.raises(RuntimeError), WorkMirror(store, "key"):
-        (store.work("key") / "deep").mkdir()
-        (store.work("key") / "deep" / "state").write_text("7")
+    with pytest.raises(RuntimeError), WorkMirror(store, "key", store.work("key", 0)):
+        (store.work("key", 0) / "deep").mkdir()
+        (store.work("key", 0) / "deep" / "state").write_text("7")
         raise RuntimeError("stopped")
     other = machine("b")
-    with WorkMirror(other, "key"):
-        assert content(other.work("key")) == {"deep/state": "7"}
+    with WorkMirror(other, "key", other.work("key", 0)):
+        assert content(other.work("key", 0)) == {"deep/state": "7"}
 
 
 def test_unchanged_files_are_not_uploaded_again_and_replaced_ones_are_removed(machine):
     store = machine("a")
     mirror = lost(store)
-    work = store.work("key")
+    work = store.work("key", 0)
     (work / "constant").write_text("x" * 1000)
     (work / "changing").write_text("1")
     mirror.sync(final=True)
@@ -79,18 +78,18 @@ def test_unchanged_files_are_not_uploaded_again_and_replaced_ones_are_removed(ma
     assert len(set(store.objects.sizes("work/key")) & first) == 3
     other = machine("b")
     lost(other)
-    assert content(other.work("key")) == {"changing": "3", "renamed": "x" * 1000}
+    assert content(other.work("key", 0)) == {"changing": "3", "renamed": "x" * 1000}
 
 
 def test_a_machine_that_goes_on_itself_keeps_what_it_has_and_uploads_nothing_again(machine):
     store = machine("a")
     mirror = lost(store)
-    (store.work("key") / "a").write_text("1")
+    (store.work("key", 0) / "a").write_text("1")
     mirror.sync(final=True)
-    (store.work("key") / "b").write_text("not uploaded when the process died")
+    (store.work("key", 0) / "b").write_text("not uploaded when the process died")
     before = set(store.objects.sizes("work/key"))
     again = lost(store)
-    assert content(store.work("key")) == {"a": "1", "b": "not uploaded when the process died"}
+    assert content(store.work("key", 0)) == {"a": "1", "b": "not uploaded when the process died"}
     again.sync(final=True)
     assert uploads(store) == 2
     assert before - set(store.objects.sizes("work/key")) <= {"000000/index.json", "000000/begun.json"}
@@ -99,40 +98,40 @@ def test_a_machine_that_goes_on_itself_keeps_what_it_has_and_uploads_nothing_aga
 def test_a_machine_that_comes_back_late_takes_the_newer_state(machine):
     a = machine("a")
     first = lost(a)
-    (a.work("key") / "step").write_text("1")
+    (a.work("key", 0) / "step").write_text("1")
     first.sync(final=True)
     b = machine("b")
     second = lost(b)
-    (b.work("key") / "step").write_text("2")
+    (b.work("key", 0) / "step").write_text("2")
     second.sync(final=True)
-    (a.work("key") / "step").write_text("1, and more that nobody will use")
+    (a.work("key", 0) / "step").write_text("1, and more that nobody will use")
     a = machine("a")
     lost(a)
-    assert content(a.work("key")) == {"step": "2"}
+    assert content(a.work("key", 0)) == {"step": "2"}
 
 
 def test_a_predecessor_that_goes_on_takes_nothing_from_its_successor(machine):
     a = machine("a")
     first = lost(a)
-    (a.work("key") / "step").write_text("1")
+    (a.work("key", 0) / "step").write_text("1")
     first.sync(final=True)
     b = machine("b")
     second = lost(b)
-    (a.work("key") / "step").unlink()
-    (a.work("key") / "other").write_text("written by the predecessor")
+    (a.work("key", 0) / "step").unlink()
+    (a.work("key", 0) / "other").write_text("written by the predecessor")
     first.sync(final=True)
-    (b.work("key") / "more").write_text("2")
+    (b.work("key", 0) / "more").write_text("2")
     second.sync(final=True)
     c = machine("c")
     lost(c)
-    assert content(c.work("key")) == {"step": "1", "more": "2"}
+    assert content(c.work("key", 0)) == {"step": "1", "more": "2"}
 
 
 def test_the_copy_shows_the_folder_as_it_was_at_one_moment(machine):
     """A pointer in the copy always names a state that is in the copy, although states come and go all the time."""
     store = machine("a")
-    mirror = WorkMirror(store, "key", interval=0.05)
-    work, ended = store.work("key"), threading.Event()
+    mirror = WorkMirror(store, "key", store.work("key", 0), interval=0.05)
+    work, ended = store.work("key", 0), threading.Event()
 
     def checkpoints():
         number, previous = 0, None
@@ -162,13 +161,6 @@ def test_the_copy_shows_the_folder_as_it_was_at_one_moment(machine):
         ended.set()
         stage.join()
     assert len(seen) > 1, "several moments were seen"
-
-
-def test_a_gang_that_cannot_see_its_scratch_folder_is_told_what_to_do(tmp_path):
-    mark = mark_work(tmp_path)
-    check_work_is_shared(tmp_path, mark)
-    with pytest.raises(UserError, match="ROPEWALK_SCRATCH, on a file system that they share"):
-        check_work_is_shared(tmp_path / "elsewhere", mark)
 
 
 def test_events_of_a_long_run_are_sent_once_and_read_whole_while_the_run_goes_on(machine):

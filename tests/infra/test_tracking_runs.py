@@ -202,6 +202,12 @@ def run_command(root: Path, *settings: str) -> list[str]:
     return ["run", metric_stages.__file__, "--store", str(root), "--executor", "local", *options]
 
 
+def await_tracking_process(run_id: str) -> None:
+    for process in psutil.process_iter(["cmdline"]):
+        if run_id in (process.info["cmdline"] or []):
+            process.wait(60)
+
+
 def test_a_database_that_was_removed_is_filled_again(root: Path) -> None:
     store = Store(root)
     record = RecordBuilder(root, "run", "removed")
@@ -220,17 +226,16 @@ def test_a_database_that_was_removed_is_filled_again(root: Path) -> None:
 
 def test_a_run_in_which_nothing_runs_starts_no_process_and_is_brought_to_mlflow_later(root: Path) -> None:
     first = ropewalk(*run_command(root))
+    await_tracking_process(first["run_id"])
     reused = ropewalk(*run_command(root))
-    assert isinstance(first["mlflow_run_id"], str) and reused["mlflow_run_id"] is None
+    assert isinstance(tracking.mlflow_run_id(Store(root), first["run_id"]), str)
+    assert tracking.mlflow_run_id(Store(root), reused["run_id"]) is reused["mlflow_run_id"] is None
     assert not (root / "runs" / reused["run_id"] / "logs" / "tracking.log").exists()
     synced = ropewalk("sync", "--all", "--store", str(root))["runs"]
     assert [(row["run_id"], row["status"]) for row in synced] == [(reused["run_id"], "written")]
     again = ropewalk(*run_command(root))
     # The process of the next run that does something takes along what is left.
-    last = ropewalk(*run_command(root, "train.num_steps=31"))
-    for process in psutil.process_iter(["cmdline"]):
-        if last["run_id"] in (process.info["cmdline"] or []):
-            process.wait(60)
+    await_tracking_process(ropewalk(*run_command(root, "train.num_steps=31"))["run_id"])
     runs = shown_runs(client_of(root), again["run_id"])
     assert {run.data.tags["ropewalk.status"] for name, run in runs.items() if name != again["run_id"]} == {"reused"}
 
@@ -267,7 +272,7 @@ def test_runs_of_an_object_store_are_shown_on_any_machine(tmp_path: Path, monkey
             store_with_database(root)
             if machine == "one":
                 result = ropewalk("run", metric_stages.__file__, "--store", uri, "--executor", "local")
-                assert isinstance(result["mlflow_run_id"], str)
+                ropewalk("sync", result["run_id"], "--store", uri)
             else:
                 rows = ropewalk("sync", "--all", "--store", uri)["runs"]
                 assert [(row["run_id"], row["status"]) for row in rows] == [(result["run_id"], "written")]

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from run_records import RecordBuilder, store_with_database, write_quickstart_run
 
-from ropewalk.infra import doctor
+from ropewalk.infra import doctor_services
+from ropewalk.infra.doctor_machine import Check
 from ropewalk.infra.mlflow_database import default_tracking_uri, open_client
 from ropewalk.infra.process import process_start
 from ropewalk.infra.step import UserError
@@ -128,8 +129,8 @@ def test_the_doctor_finds_the_server_well(
 ) -> None:
     url = served[1]["mlflow_url"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
-    assert doctor.check_mlflow(tmp_path) == doctor.Check("mlflow", True, f"{url} answers")
-    assert doctor.check_clock(url).ok
+    assert doctor_services.check_mlflow(tmp_path) == Check("mlflow", True, f"{url} answers")
+    assert doctor_services.check_clock(url).ok
 
 
 def test_stopping_it_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -157,19 +158,46 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         pytest.fail("it came up")
 
 
-def test_a_foreign_server_is_only_pointed_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_server_that_runs_already_is_only_pointed_to(
+    served: tuple[Path, dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@tracking.example")
-    assert serve_ui(Store(tmp_path)) == 0
+    root, facts, _ = served
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", facts["mlflow_url"].replace("http://", "http://me:secret@"))
+    assert serve_ui(Store(root)) == 0
     shown = capsys.readouterr().out
-    assert "https://***@tracking.example" in shown and "secret" not in shown
+    assert "MLflow: http://***@127.0.0.1" in shown and "secret" not in shown
     assert "none, no run is going on" in shown
+    assert "Ctrl-C" not in shown
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://127.0.0.1:9", r"MLflow at http://127\.0\.0\.1:9 does not answer \(.*refused\)"),
+        ("http://127.0.0.1:port", r"MLflow at http://127\.0\.0\.1:port does not answer \(nonnumeric port"),
+        ("./mlruns", r"MLFLOW_TRACKING_URI=\./mlruns names neither a server .* nor a database"),
+        ("sqlite:////proc/none/mlflow.db", r"the MLflow database sqlite:////proc/none/mlflow\.db cannot be made"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_sentence(
+    uri: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_quickstart_run(tmp_path, "run", steps=1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=message):
+        serve_ui(Store(tmp_path))
+
+
+def test_a_store_without_runs_is_named_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there are no runs in .*/typo: "):
+        serve_ui(Store(tmp_path / "typo"))
+    assert not (tmp_path / "typo").exists()
 
 
 def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
+    write_quickstart_run(store_with_database(tmp_path), "run", steps=1)
     with pytest.raises(UserError, match=r"--host 192\.0\.2\.1 is no address of this machine"):
-        serve_ui(Store(store_with_database(tmp_path)), host="192.0.2.1")
+        serve_ui(Store(tmp_path), host="192.0.2.1")
 
 
 def test_only_dashboards_of_living_runs_are_shown(tmp_path: Path) -> None:

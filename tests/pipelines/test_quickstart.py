@@ -162,7 +162,7 @@ def test_killed_in_the_middle_of_training_it_resumes_and_ends_with_equal_digests
         arguments("run"), cwd=home, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        checkpoints = store / "work" / step["key"] / "checkpoints"
+        checkpoints = store / "work" / step["key"] / "000000" / "checkpoints"
         deadline = time.monotonic() + 300
         while not list(checkpoints.glob("step-*")):
             assert driver.poll() is None and time.monotonic() < deadline, "training never came to a checkpoint"
