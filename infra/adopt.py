@@ -27,6 +27,7 @@ from ropewalk.infra.objects import file_sha256
 from ropewalk.infra.step import External, UserError, unknown
 from ropewalk.infra.store import SCHEMES, Store, StoreError
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 HUB = re.compile(r"hf://(?:(?P<type>datasets|spaces)/)?(?P<repo>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
 
 
@@ -52,7 +53,7 @@ def adopt(store: Store, source: str, name: str, external: External, *, copy: boo
     Raises:
         UserError: A name that cannot be, no such files, a hub repository without its commit.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "files":
+    if not NAME.fullmatch(name):
         raise UserError(f"--name {name}: must be letters, digits, '-', '_' and '.', and begin with a letter or digit")
     document = (
         _hub_document(external, source) if source.startswith("hf://") else _path_document(store, external, source)
@@ -71,8 +72,11 @@ def adopt(store: Store, source: str, name: str, external: External, *, copy: boo
     return record
 
 
-def resolve(external: External, place: str, store: Store) -> Outside:
-    """What an external input that is no local path is at the moment. Raises UserError naming `place`."""
+def resolve(external: External, place: str, store: Store, *, note: bool = False) -> Outside:
+    """What an external input that is no local path is at the moment; with `note`, so that `fetch` finds it.
+
+    Raises UserError naming `place`.
+    """
     scheme, _, rest = external.path.partition("://")
     if scheme == "adopted":
         return _resolve_adopted(store, rest, place)
@@ -84,9 +88,8 @@ def resolve(external: External, place: str, store: Store) -> Outside:
         raise UserError(
             f"{place}: {external.path} is neither a path nor begins with adopted://, hf://, s3://, gs://, az://"
         )
-    name = f"externals/{document['digest']}.json"
-    if store.objects.names("externals").count(f"{document['digest']}.json") == 0:
-        store.objects.write(name, _json(document))
+    if note:
+        store.objects.write(f"externals/{document['digest']}.json", _json(document))
     return Outside(document["digest"], f"external://{document['digest']}")
 
 
@@ -165,11 +168,12 @@ def _fetch_copy(store: Store, document: dict[str, Any]) -> Path:
     folder = store.root / document["folder"]
     for entry in document["files"]:
         _confined(entry["path"], store.uri)
-    store.download(document["folder"], document["files"])
-    for entry in document["files"]:
-        path = folder / entry["path"]
-        if not path.is_file() or path.stat().st_size != entry["size"]:
-            raise StoreError(f"{path}: damaged; adopt the data again")
+    try:
+        problems = store.bring(document["folder"], document["files"], since=document["adopted_at"])
+    except FileNotFoundError as error:
+        problems = [str(error)]
+    if problems:
+        raise StoreError(f"{problems[0]}; adopt the data again")
     return folder / document["files"][0]["path"] if document["is_file"] else folder
 
 
@@ -212,7 +216,7 @@ def _objects_document(external: External, place: str) -> dict[str, Any]:
 
     wanted = _matching(external.include, external.exclude)
     found = open_objects(external.path).entries("")
-    files = [{"path": path, "size": size, "tag": tag} for path, (size, tag) in sorted(found.items()) if wanted(path)]
+    files = [{"path": p, "size": entry.size, "tag": entry.tag} for p, entry in sorted(found.items()) if wanted(p)]
     if not files:
         raise UserError(f"{place}: no object in {external.path} matches {', '.join(external.include)}")
     digest = sha256_hex(canonical_json([[entry["path"], entry["size"], entry["tag"]] for entry in files]))
@@ -226,7 +230,8 @@ def _fetch_objects(store: Store, document: dict[str, Any]) -> Path:
     now = source.entries("")
     for entry in document["files"]:
         _confined(entry["path"], document["source"])
-        if now.get(entry["path"]) != (entry["size"], entry["tag"]):
+        there = now.get(entry["path"])
+        if there is None or (there.size, there.tag) != (entry["size"], entry["tag"]):
             raise UserError(f"{document['source']}/{entry['path']}: changed since the step was planned; run again")
     folder = store.root / "cache" / "objects" / document["digest"]
     source.download([(e["path"], folder / e["path"], e["size"], None) for e in document["files"]])
@@ -243,7 +248,7 @@ def _confined(path: str, place: str) -> None:
 
 
 def _numbers(store: Store, name: str) -> list[int]:
-    names = store.objects.names(f"adopted/{name}") if re.fullmatch(r"[\w.-]+", name) else []
+    names = store.objects.names(f"adopted/{name}") if NAME.fullmatch(name) else []
     return [int(found[:-5]) for found in names if re.fullmatch(r"\d{6,}\.json", found)]
 
 

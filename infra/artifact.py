@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ropewalk.infra.key import FORMAT_VERSION, canonical_json, sha256_hex
@@ -73,30 +74,51 @@ class Commit:
 
 def describe(folder: Path) -> list[Entry]:
     """The files of an attempt. Raises StoreError for what cannot be committed."""
-    paths = []
-    for part in PARTS:
-        for path in sorted((folder / part).rglob("*")):
-            if path.is_symlink():
-                raise StoreError(f"{path}: symbolic links cannot be committed")
-            if path.is_file():
-                paths.append(path)
-            elif not path.is_dir():
-                raise StoreError(f"{path}: only files and folders can be committed")
+    files = sorted(_files(folder))
+    waiting = iter(files)
+
+    def digest() -> dict[str, str]:
+        # Several threads take from one iterator: a queue of tasks would cost more than the digest of a small file.
+        return {path: file_sha256(f"{folder}/{path}") for path, _ in waiting}
+
     with ThreadPoolExecutor(max_workers=num_threads()) as pool:
-        digests = list(pool.map(file_sha256, paths))
-    return [
-        {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, digests, strict=True)
-    ]
+        running = [pool.submit(digest) for _ in range(num_threads())]
+        digests = {path: sha256 for part in running for path, sha256 in part.result().items()}
+    return [{"path": path, "size": size, "sha256": digests[path]} for path, size in files]
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Path relative to the attempt's folder and size of each file."""
+    for part in PARTS:
+        top = folder / part
+        if top.is_symlink() or not top.is_dir():
+            raise StoreError(f"{top}: only files and folders can be committed, and this must be a folder")
+        for path, folders, names, handle in os.fwalk(top, onerror=_raise):
+            for name in (*folders, *names):
+                if not name.isprintable():
+                    # Not every place to store has them, and a name that is no text has no place in JSON.
+                    where = repr(f"{path}/{name}")
+                    raise StoreError(f"{where}: control characters and bytes that are no text cannot be in a name")
+                status = os.stat(name, dir_fd=handle, follow_symlinks=False)
+                if stat.S_ISLNK(status.st_mode):
+                    raise StoreError(f"{path}/{name}: symbolic links cannot be committed")
+                if stat.S_ISREG(status.st_mode):
+                    yield f"{path}/{name}"[len(str(folder)) + 1 :], status.st_size
+                elif not stat.S_ISDIR(status.st_mode):
+                    raise StoreError(f"{path}/{name}: only files and folders can be committed")
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def make_durable(folder: Path, files: Sequence[Entry]) -> None:
     """Sync the files of an attempt, and the folders that they lie in."""
-    paths = [folder / entry["path"] for entry in files]
     with ThreadPoolExecutor(max_workers=num_threads()) as pool:
-        list(pool.map(sync_file, paths))
-    for parent in {parent for path in paths for parent in path.parents if parent.is_relative_to(folder)}:
-        sync_folder(parent)
+        list(pool.map(sync_file, (folder / entry["path"] for entry in files)))
+    inner = {PurePosixPath(entry["path"].rpartition("/")[0]) for entry in files}
+    for path in {path for each in inner for path in (each, *each.parents)}:
+        sync_folder(folder / path)
 
 
 def manifest_text(key: str, files: Sequence[Entry]) -> str:

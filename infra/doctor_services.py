@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -18,13 +17,13 @@ from urllib.parse import unquote, urlsplit
 from ropewalk.infra.doctor_machine import Check
 from ropewalk.infra.mlflow_database import default_tracking_uri, sqlite_path
 from ropewalk.infra.objects import Objects
+from ropewalk.infra.reachable import why_unreachable
 from ropewalk.infra.scrub import scrub_text
 from ropewalk.infra.step import UserError
 from ropewalk.infra.store import Store
 
 MAX_CLOCK_SKEW_SECONDS = 60.0
 EARLIEST_YEAR = 2025
-CONNECT_SECONDS = 10.0
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION (and AWS_ENDPOINT_URL, if it is not Amazon's)",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -41,7 +40,9 @@ def check_store(store_uri: str) -> Check:
     except UserError as error:
         return Check("store", False, str(error))
     except OSError as error:
-        return Check("store", False, f"{_reason(error, store_uri)}; {_advice(store_uri)}")
+        # The client of an object store says it all in one line; of a file, only the folder matters here.
+        reason = f"{store_uri}: {error.strerror}" if error.strerror else str(error)
+        return Check("store", False, f"{reason}; {_advice(store_uri)}")
     if created_twice:
         where = "a file system with hard links" if store.is_local else "an object store with conditional writes"
         return Check("store", False, f"{store.uri}: a name was created twice, commits are not safe; take {where}")
@@ -51,8 +52,8 @@ def check_store(store_uri: str) -> Check:
 def _probe(objects: Objects) -> bool:
     """Write, read, list and remove an object; returns whether it could be created twice."""
     folder = f".probe-{uuid.uuid4().hex}"
+    first = objects.create(f"{folder}/0", b"first")
     try:
-        first = objects.create(f"{folder}/0", b"first")
         second = objects.create(f"{folder}/0", b"second")
         if not first or objects.read(f"{folder}/0") not in (b"first", b"second") or objects.names(folder) != ["0"]:
             raise OSError(f"{objects.uri}: what was written a moment ago cannot be read or listed")
@@ -63,19 +64,11 @@ def _probe(objects: Objects) -> bool:
 
 def _require_endpoint(store: Store) -> None:
     """Fail at once where the client would try for a minute: nobody listens at the address the environment names."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
-    parts = urlsplit(endpoint)
-    if store.uri.startswith("s3://") and parts.hostname:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        try:
-            socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
-        except OSError as error:
-            shown = scrub_text(endpoint)
-            raise UserError(f"nothing answers at {shown} ({error}): start it, or change AWS_ENDPOINT_URL") from None
-
-
-def _reason(error: OSError, store_uri: str) -> str:
-    return f"{error.filename or store_uri}: {error.strerror}" if error.strerror else str(error)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")
+    reason = why_unreachable(endpoint) if endpoint and store.uri.startswith("s3://") else None
+    if endpoint and reason:
+        shown = scrub_text(endpoint)
+        raise UserError(f"nothing answers at {shown} ({reason}): start it, or change AWS_ENDPOINT_URL")
 
 
 def _advice(store_uri: str) -> str:

@@ -58,13 +58,15 @@ def external_digest(external: External, place: str, store: Store) -> str:
     return adopt.resolve(external, place, store).digest
 
 
-def external_uri(external: External, place: str, store: Store) -> str:
-    """What `Store.fetch` finds the input by, on whatever machine the step runs."""
+def external_uri(external: External, place: str, store: Store, digest: str) -> str | None:
+    """What `Store.fetch` finds the input by, on whatever machine the step runs; None if its digest is another now."""
     if "://" not in external.path:
-        return external.path
+        path = str(Path(external.path).expanduser().absolute())
+        return path if external_digest(external, place, store) == digest else None
     from ropewalk.infra import adopt
 
-    return adopt.resolve(external, place, store).uri
+    outside = adopt.resolve(external, place, store, note=True)
+    return outside.uri if outside.digest == digest else None
 
 
 def fetch_external(store: Store, uri: str) -> Path:
@@ -132,8 +134,9 @@ def _read_cache(path: Path) -> dict[str, list]:
 
 
 def _write_cache(path: Path, known: dict[str, list]) -> None:
-    # The cache only saves time: two writers at once lose entries, never correctness.
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # It only saves time: two writers at once lose entries, a store that cannot be written keeps none.
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(known), encoding="utf-8")
-    temporary.replace(path)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(path)

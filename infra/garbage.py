@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from ropewalk.infra import lease, record
@@ -124,11 +125,26 @@ def find_roots(store: Store, policy: Policy) -> Roots:
     for run_id in runs:
         for kind in ("steps", "failures"):
             for path in (store.root / "runs" / run_id / kind).glob("*.json"):
-                document = json.loads(path.read_text(encoding="utf-8"))
+                document = _read_record(path)
                 keys.add(document["key"])
                 if match := re.search(r"/attempts/([^/]+)/data$", document.get("uri", "")):
                     attempts.add(match[1])
     return Roots(frozenset(runs), frozenset(keys), frozenset(attempts))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A file of a run's record. Raises UserError if it cannot be read: what the run uses is then unknown."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and document.keys() & {"key", "pipeline"}:
+            return document
+        problem = "it is not what a run records"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise UserError(
+        f"{path} cannot be read ({problem}), so what its run uses is not known and nothing was removed;"
+        " if nobody needs that run, remove its folder from runs/"
+    )
 
 
 def kept_runs(store: Store, policy: Policy) -> list[str]:
@@ -137,7 +153,7 @@ def kept_runs(store: Store, policy: Policy) -> list[str]:
     seen: dict[str, int] = {}
     kept = []
     for run_id in record.run_ids(store):
-        run = record.read_run(store, run_id)
+        run = _read_record(store.root / "runs" / run_id / "run.json")
         seen[run["pipeline"]] = seen.get(run["pipeline"], 0) + 1
         if seen[run["pipeline"]] <= policy.keep_runs or run_id in pinned or _may_run(store, run_id, run):
             kept.append(run_id)
@@ -156,13 +172,14 @@ def drop_runs(store: Store, policy: Policy, *, act: bool) -> list[str]:
 
 def find(store: Store, roots: Roots) -> Iterator[Garbage]:
     """All that nothing needs, given what is used."""
-    for key in sorted({*store.known_keys(), *store.objects.names("work")}):
-        yield from _find_in(store, key, roots)
+    working = set(store.objects.names("work"))
+    for key in sorted({*store.known_keys(), *working}):
+        yield from _find_in(store, key, roots, has_work=key in working)
 
 
-def _find_in(store: Store, key: str, roots: Roots) -> Iterator[Garbage]:
+def _find_in(store: Store, key: str, roots: Roots, *, has_work: bool) -> Iterator[Garbage]:
     folder = f"objects/{key}/attempts"
-    attempts, has_work = store.objects.names(folder), key in store.objects.names("work")
+    attempts = store.objects.names(folder)
     if not attempts and not has_work:
         return
     committed = _committed(store, key)
@@ -199,16 +216,17 @@ def _workers(store: Store, key: str) -> set[str]:
 def _state(store: Store, item: Garbage, policy: Policy, now: float) -> State:
     try:
         tombstone = json.loads(store.objects.read(_tombstone(item)))
-    except (FileNotFoundError, ValueError):
+        marked_at, stamp = float(tombstone["at"]), tombstone["stamp"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return "found"
     wait = policy.grace_seconds
     if item.number is None:
-        if tombstone["stamp"] != list(item.stamp):
+        if stamp != list(item.stamp):
             return "found"  # Somebody was at work since then; the time begins anew.
         holder = lease.look(store.objects, item.key).holder
         # That a holder is gone is known after its ttl of silence.
         wait = max(wait, holder.ttl_seconds if holder else 0.0)
-    return "due" if now - tombstone["at"] >= wait else "waiting"
+    return "due" if now - marked_at >= wait else "waiting"
 
 
 def _remove(due: list[Garbage], store: Store, policy: Policy, by: str) -> dict[tuple[str, str], Garbage]:
@@ -216,9 +234,9 @@ def _remove(due: list[Garbage], store: Store, policy: Policy, by: str) -> dict[t
     done: dict[tuple[str, str], Garbage] = {}
     if not due:
         return done
-    roots = find_roots(store, policy)
+    roots, working = find_roots(store, policy), set(store.objects.names("work"))
     for key in sorted({item.key for item in due}):
-        still = {item.attempt: item for item in _find_in(store, key, roots)}
+        still = {item.attempt: item for item in _find_in(store, key, roots, has_work=key in working)}
         mine = [item for item in due if item.key == key]
         marked = set(store.objects.names(f"objects/{key}/tombstones"))
         for item in mine:

@@ -3,9 +3,13 @@
     objects/<key>/leases/<000000>.json   generation n: who holds it. Created exclusively, so one of many takes it
     objects/<key>/leases/<000000>.beat   sign of life, written by the holder alone: a count, or that it was released
 
-A lease saves work and nothing rests on it: that a key is committed once follows from the numbers of commits. A lease
-may be taken over, as the next generation, when it was released, when its holder is a process of this machine that is
-gone, or when its count has stood still for its ttl on the watcher's own monotonic clock. Clocks are never compared.
+A lease saves work and nothing rests on it: that a key is committed once follows from the numbers of commits. It may be
+taken over, as the next generation, when it was released, when its holder is a process of this machine that is gone, or
+when its count has stood still for its ttl on the watcher's own monotonic clock. Clocks are never compared.
+
+A holder may be given up without knowing it: it was stopped and woken, or its stage let no other thread run for longer
+than the ttl. If nobody wanted the lease meanwhile, it goes on. Else the work is done twice, and the output of one of
+them is used by both.
 """
 
 from __future__ import annotations
@@ -24,8 +28,7 @@ from ropewalk.infra.objects import Objects
 from ropewalk.infra.process import is_alive, machine, process_start
 from ropewalk.infra.step import UserError
 
-DEFAULT_TTL_SECONDS = 60.0
-DEFAULT_GRACE_SECONDS = 20.0
+DEFAULT_SECONDS = {"ROPEWALK_LEASE_SECONDS": 60.0, "ROPEWALK_GRACE_SECONDS": 20.0}
 BEATS_PER_TTL = 4
 
 Report = Callable[[dict[str, Any]], None]
@@ -89,16 +92,21 @@ class Sighting:
 
 def ttl_seconds() -> float:
     """How long a holder may be silent: `ROPEWALK_LEASE_SECONDS`, 60 by default."""
-    return _setting("ROPEWALK_LEASE_SECONDS", DEFAULT_TTL_SECONDS)
+    return _setting("ROPEWALK_LEASE_SECONDS")
 
 
 def grace_seconds() -> float:
     """How long a stage may take to save and end once it is asked to: `ROPEWALK_GRACE_SECONDS`, 20 by default."""
-    return _setting("ROPEWALK_GRACE_SECONDS", DEFAULT_GRACE_SECONDS)
+    return _setting("ROPEWALK_GRACE_SECONDS")
 
 
-def _setting(name: str, default: float) -> float:
-    text = os.environ.get(name, str(default))
+def settings() -> dict[str, str]:
+    """The environment variables above that are set."""
+    return {name: os.environ[name] for name in DEFAULT_SECONDS if name in os.environ}
+
+
+def _setting(name: str) -> float:
+    text = os.environ.get(name, str(DEFAULT_SECONDS[name]))
     try:
         seconds = float(text)
     except ValueError:

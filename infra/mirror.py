@@ -182,7 +182,7 @@ class WorkMirror:
             if _stamp(link) == stamp:
                 self._pieces[stamp] = {"object": name, "size": stamp[1], "sha256": digests[name]}
             else:  # Written in place meanwhile.
-                self._objects.remove(name)
+                self._objects.remove_all([name])
 
     def _remove_unused(self, found: dict[str, Stamp]) -> None:
         newest = self._newest()
@@ -192,10 +192,9 @@ class WorkMirror:
         present = set(found.values())
         self._pieces = {stamp: piece for stamp, piece in self._pieces.items() if stamp in present}
         used = {piece["object"] for piece in self._index.values()}
-        for name in self._objects.sizes(self._name):
-            full = f"{self._name}/{name}"
-            if full not in used and full not in (self._object("index.json"), self._object("begun.json")):
-                self._objects.remove(full)
+        used |= {self._object("index.json"), self._object("begun.json")}
+        there = {f"{self._name}/{name}" for name in self._objects.sizes(self._name)}
+        self._objects.remove_all(sorted(there - used))
 
     def _newest(self) -> int:
         return max((int(name) for name in self._objects.names(self._name) if name.isdigit()), default=-1)

@@ -48,13 +48,15 @@ class Artifacts:
 
     def log(self, run_id: str, step: str, attempt: str) -> str:
         """The end of an attempt's log, without secrets."""
-        name = f"runs/{run_id}/logs/{step}/{attempt}.log"
+        path = self._store.root / "runs" / run_id / "logs" / step / f"{attempt}.log"
+        if not path.exists():
+            self._store.pull_runs(logs_of=run_id)
         try:
-            with (self._store.root / name).open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - MAX_LOG_BYTES))
                 content = file.read()
         except FileNotFoundError:
-            content = self._bytes(f"{self._store.uri}/{name}")[-MAX_LOG_BYTES:]
+            content = b""
         return scrub_text(content.decode("utf-8", errors="replace"))
 
     def _json(self, uri: str) -> dict[str, Any]:

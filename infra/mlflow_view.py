@@ -125,9 +125,9 @@ class View:
         """What MLflow has of this run, each once, by name: "" for the parent, else as in `Ids.children`."""
         query = f"tags.`ropewalk.run_id` = '{self.run_id}'"
         found = self.client.search_runs([self.ids.experiment_id], query, max_results=5000)
-        # Whoever looks, and whenever, must keep the same one.
+        # Whoever looks, and whenever, must keep the same one; and what is in use rather than what came too late.
         runs: dict[str, Any] = {}
-        for run in sorted(found, key=lambda run: (_name(run).split("/"), run.info.run_id)):
+        for run in sorted(found, key=lambda run: (_name(run).split("/"), not _is_used(run), run.info.run_id)):
             name = _name(run)
             step, slash, _ = name.partition("/")
             above = runs.get(step if slash else "")
@@ -363,6 +363,11 @@ def _metrics_of(event: Event, prefix: str = "", **attached: str) -> list[Any]:
         to_model = attached if math.isfinite(value) else {}
         metrics.append(Metric(name_for_mlflow(prefix + name), metric_value(value), when, step, **to_model))
     return metrics
+
+
+def _is_used(run: Any) -> bool:
+    """Whether something was written to a run after it was made: whoever made it knows of it."""
+    return bool(run.data.metrics) or not run.data.tags.keys().isdisjoint(("ropewalk.store", "ropewalk.cache"))
 
 
 def _name(run: Any) -> str:

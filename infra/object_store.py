@@ -11,19 +11,22 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
+from ropewalk.infra.artifact import num_threads
 from ropewalk.infra.key import sha256_hex
+from ropewalk.infra.objects import file_sha256
 from ropewalk.infra.step import UserError
 
 CHUNK_BYTES = 8 << 20
@@ -32,9 +35,22 @@ MAX_PARTS = 9_000
 FILES_AT_ONCE = 4
 PARTS_AT_ONCE = 4
 """Together they bound the memory of a transfer: 4 x 4 x 8 MiB for files below 70 GiB."""
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 RETRY_SECONDS = 60
+"""How long a request is sent again before it is given up."""
+ANSWER_SECONDS = 30
+"""How long one request for a small object may take; for a part of a large one, `PART_SECONDS`."""
+PART_SECONDS = 300
+CREATE_TRIES = 10
 _NO_ANSWER = re.compile(r"HTTP error|status code: (5\d\d|429)|error decoding response|timed out", re.IGNORECASE)
 """Of a request that was sent again until it was given up: not the store says no, but the way to it or its load."""
+_IDENTITY = re.compile(r"169\.254\.169\.254|/latest/api/token|metadata\.google\.internal|/metadata/identity")
+"""Of a request to the service from which a machine in a cloud has its identity: asked where nothing else is set."""
+NO_CREDENTIALS = (
+    "there are no credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or for gs://"
+    " GOOGLE_APPLICATION_CREDENTIALS, for az:// AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY), and the"
+    " machine has no identity of its own"
+)
 
 
 def scratch_folder(uri: str) -> Path:
@@ -46,32 +62,49 @@ def scratch_folder(uri: str) -> Path:
 @cache
 def open_objects(uri: str) -> ObjectStoreObjects:
     """The objects below a URI; one client for a process. Raises UserError for a URI that is none or holds more."""
+    uri = uri.rstrip("/")
     place = uri.partition("://")[2]
-    bucket = place.partition("/")[0]
-    if not bucket or any(mark in place for mark in "@?#"):
+    if any(mark in place for mark in "@?#") or not {"", ".", ".."}.isdisjoint(place.split("/")):
         raise UserError(
-            f"--store {_without_secret(uri)}: write it as s3://bucket/prefix; credentials come from the environment"
+            f"{_without_secret(uri)}: write it as s3://bucket/prefix; credentials come from the environment"
         )
-    endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
+    try:
+        return ObjectStoreObjects(uri, _client(uri, ANSWER_SECONDS), _client(uri, PART_SECONDS))
+    except (BaseError, ValueError) as error:
+        raise UserError(f"{uri}: {_first_line(error)}") from None
+
+
+def _client(uri: str, seconds: float) -> Any:
+    """A client of which each request may take so long. A server that is silent is given up after two of them."""
+    endpoints = [os.environ.get(name, "") for name in ENDPOINTS] if uri.startswith("s3://") else []
     # Without encryption only where the user has named such an endpoint.
-    options: Any = {"allow_http": True} if uri.startswith("s3://") and endpoint.startswith("http://") else {}
+    is_plain = any(endpoint.startswith("http://") for endpoint in endpoints)
+    options: Any = {"timeout": timedelta(seconds=seconds), "allow_http": is_plain}
     # By default the pauses between retries hardly grow, and a busy store is given up after a second.
     backoff = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 3}
-    limits = {"max_retries": 1000, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
-    retries: Any = {**limits, "backoff": backoff}
-    try:
-        client = from_url(uri.rstrip("/"), client_options=options, retry_config=retries)
-    except (BaseError, ValueError) as error:
-        raise UserError(f"--store {uri}: {_first_line(error)}") from None
-    return ObjectStoreObjects(uri.rstrip("/"), client)
+    again = timedelta(seconds=min(RETRY_SECONDS * seconds / ANSWER_SECONDS, 2 * seconds))
+    retries: Any = {"max_retries": 1000, "retry_timeout": again, "backoff": backoff}
+    return from_url(uri, client_options=options, retry_config=retries)
+
+
+class Entry(NamedTuple):
+    """An object as a listing shows it."""
+
+    size: int
+    tag: str
+    """Another one for another content."""
+    changed_at: float
+    """Seconds since 1970, on the store's clock."""
 
 
 class ObjectStoreObjects:
     """See `Objects`. Methods are safe to call from several threads."""
 
-    def __init__(self, uri: str, client: Any) -> None:
+    def __init__(self, uri: str, client: Any, bulk: Any) -> None:
         self.uri = uri
         self._client = client
+        self._bulk = bulk
+        """For the data, of which a request may take long."""
         self._bucket = "/".join(uri.split("/")[:3])
 
     def read(self, name: str) -> bytes:
@@ -86,12 +119,16 @@ class ObjectStoreObjects:
 
     def create(self, name: str, content: bytes) -> bool:
         """See `Objects.create`. A request that is repeated because its answer was lost finds its own object."""
-        try:
-            with self._errors(name, missing_is_error=True):
-                obstore.put(self._client, name, content, mode="create")
-        except FileExistsError:
-            return self.read(name) == content
-        return True
+        for _ in range(CREATE_TRIES):
+            try:
+                with self._errors(name, missing_is_error=True):
+                    obstore.put(self._client, name, content, mode="create")
+                return True
+            except FileExistsError:
+                # S3 also refuses while another's creation is under way, which may come to nothing.
+                with contextlib.suppress(FileNotFoundError):
+                    return self.read(name) == content
+        raise ConnectionError(f"{self.uri}/{name}: the store says again and again that it exists and that it does not")
 
     def names(self, folder: str) -> list[str]:
         """See `Objects.names`."""
@@ -102,22 +139,28 @@ class ObjectStoreObjects:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """See `Objects.sizes`."""
-        return {name: size for name, (size, _) in self.entries(folder).items()}
+        return {name: entry.size for name, entry in self.entries(folder).items()}
 
-    def entries(self, folder: str) -> dict[str, tuple[int, str]]:
-        """Bytes and entity tag of every object below a folder, by name relative to it."""
+    def entries(self, folder: str) -> dict[str, Entry]:
+        """Every object below a folder, by name relative to it."""
         with self._errors(folder, missing_is_error=True):
             found = [entry for batch in obstore.list(self._client, folder) for entry in batch]
         return {
-            str(entry["path"]).removeprefix(f"{folder}/"): (int(entry["size"]), str(entry["e_tag"])) for entry in found
+            str(entry["path"]).removeprefix(f"{folder}/"): Entry(
+                int(entry["size"]), str(entry["e_tag"]), entry["last_modified"].timestamp()
+            )
+            for entry in found
         }
 
     def remove(self, name: str) -> None:
         """See `Objects.remove`."""
-        with self._errors(name):
-            paths = [name, *(f"{name}/{inner}" for inner in self.sizes(name))]
-            with contextlib.suppress(FileNotFoundError):
-                obstore.delete(self._client, paths)
+        self.remove_all([name, *(f"{name}/{inner}" for inner in self.sizes(name))])
+
+    def remove_all(self, names: Sequence[str]) -> None:
+        """Remove objects by their names, no folders; those that are gone already do not matter."""
+        if names:
+            with self._errors(names[0]), contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._client, names)
 
     def upload(self, files: Mapping[str, Path]) -> None:
         """See `Objects.upload`. Large files go in parts, in parallel."""
@@ -133,12 +176,16 @@ class ObjectStoreObjects:
             digest.update(chunk)
         return digest.hexdigest()
 
-    def download(self, files: Sequence[tuple[str, Path, int, str | None]]) -> None:
+    def download(self, files: Sequence[tuple[str, Path, int, str | None]], checked_at: float | None = None) -> None:
         """Bring objects, each given as (name, path, size, sha256 if known), to paths of this machine, if need be.
 
-        A file appears whole and verified or not at all. Raises OSError for content that is not the expected.
+        A file appears whole and verified or not at all. One that is there and was not touched since `checked_at`
+        (seconds since 1970) is left as it is, another one is compared. Raises OSError for content that is not the
+        expected.
         """
-        missing = [file for file in files if not _is_there(file[1], file[2])]
+        with ThreadPoolExecutor(max_workers=num_threads()) as pool:
+            there = list(pool.map(lambda file: _is_there(*file[1:], checked_at), files))
+        missing = [file for file, is_there in zip(files, there, strict=True) if not is_there]
         for folder in {path.parent for _, path, _, _ in missing}:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(max_workers=FILES_AT_ONCE) as pool:
@@ -147,7 +194,7 @@ class ObjectStoreObjects:
     def _upload(self, name: str, path: Path) -> None:
         part = max(CHUNK_BYTES, -(-path.stat().st_size // MAX_PARTS))
         with self._errors(name, missing_is_error=True):
-            obstore.put(self._client, name, path, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
+            obstore.put(self._bulk, name, path, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
 
     def _download(self, name: str, path: Path, size: int, sha256: str | None) -> None:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -167,7 +214,7 @@ class ObjectStoreObjects:
         """The content in pieces: each is a request of its own, which is repeated if it fails."""
         for start in range(0, size, CHUNK_BYTES):
             with self._errors(name):
-                chunk = obstore.get_range(self._client, name, start=start, end=min(start + CHUNK_BYTES, size))
+                chunk = obstore.get_range(self._bulk, name, start=start, end=min(start + CHUNK_BYTES, size))
             yield chunk
 
     @contextlib.contextmanager
@@ -182,21 +229,35 @@ class ObjectStoreObjects:
                 raise OSError(f"{self._bucket}: there is no such bucket") from None
             raise FileNotFoundError(f"{self.uri}/{name}: there is no such object") from None
         except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise PermissionError(f"{self.uri}/{name}: not allowed: {_first_line(error)}") from None
+            what = f"the credentials of this machine do not allow it ({_code(error)})"
+            raise PermissionError(f"{self.uri}/{name}: {what}") from None
         except BaseError as error:
             if "NoSuchBucket" in str(error):
                 raise OSError(f"{self._bucket}: there is no such bucket") from None
+            what = NO_CREDENTIALS if _IDENTITY.search(str(error)) else _first_line(error)
             kind = ConnectionError if _NO_ANSWER.search(str(error)) else OSError
-            raise kind(f"{self.uri}/{name}: {_first_line(error)}") from None
-        except ValueError as error:
-            raise OSError(f"{self.uri}/{name!r}: not a name for an object: {_first_line(error)}") from None
+            raise kind(f"{self.uri}/{name}: {what}") from None
+        except ValueError:
+            raise UserError(
+                f"{self.uri}: {name!r} cannot be the name of an object; give the file another one"
+            ) from None
 
 
-def _is_there(path: Path, size: int) -> bool:
+def _is_there(path: Path, size: int, sha256: str | None, checked_at: float | None) -> bool:
     try:
-        return not path.is_symlink() and path.stat().st_size == size
+        status = path.lstat()
     except OSError:
         return False
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        return False
+    is_untouched = checked_at is not None and status.st_ctime <= checked_at
+    return is_untouched or sha256 in (None, file_sha256(path))
+
+
+def _code(error: BaseException) -> str:
+    """The store's own word for a refusal, such as AccessDenied."""
+    match = re.search(r"<Code>(\w+)</Code>", str(error))
+    return match[1] if match else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

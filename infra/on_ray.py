@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from ropewalk.infra.lease import grace_seconds
 from ropewalk.infra.ray_bus import Channel, EventBus, Inbox, Message, Orders, attempt_of, put_on
 from ropewalk.infra.ray_context import RayContext
 from ropewalk.infra.ray_errors import died
-from ropewalk.infra.ray_resources import ray_options, require_room
+from ropewalk.infra.ray_resources import draining_nodes, ray_options, require_room
 from ropewalk.infra.ray_shipping import Shipped, remote
 from ropewalk.infra.step import Step
 from ropewalk.infra.task import Outcome, Task, run_logged
 
 BUS_PATIENCE_SECONDS = 10.0
+DRAIN_LOOK_SECONDS = 1.0
 
 OnReport = Callable[[str, dict[str, Any]], None]
 
@@ -33,11 +34,25 @@ class _Running:
     """A task that Ray has."""
 
     task: Task
-    node: str | None = None
-    """Ray's id of the node that it runs on, once it does."""
+    nodes: set[str] = field(default_factory=set)
+    """Ray's ids of the nodes that it and its workers run on, as they start."""
+    is_queued: bool = False
+    """Whether it waits for room for its workers."""
     kill_at: float | None = None
     """When it is killed, if it was asked to stop and has not."""
     killed: bool = False
+
+    def learn(self, event: dict[str, Any]) -> list[dict[str, Any]]:
+        """Take in an event; returns what is to be reported. Of the workers that start only the first matters."""
+        kind = event["type"]
+        if kind in ("running", "worker_started"):
+            self.nodes.add(event["node"])
+        if kind == "worker_started":
+            shown = [{"type": "workers_started"}] if self.is_queued else []
+            self.is_queued = False
+            return shown
+        self.is_queued = self.is_queued or kind == "workers_queued"
+        return [event]
 
 
 @contextlib.contextmanager
@@ -67,6 +82,9 @@ class RayExecutor:
     _ended: set[str] = field(default_factory=set)
     """Attempts that ended without saying so: parts of them may still be at work somewhere."""
     _inbox: Inbox = field(default_factory=Inbox)
+    _drained: set[str] = field(default_factory=set)
+    """Nodes that were, at some time, about to be taken away."""
+    _drains_seen_at: float = float("-inf")
 
     def start(self) -> dict[str, Any]:
         """Connect to the cluster, or start one in this process; returns its dashboard's address."""
@@ -114,6 +132,7 @@ class RayExecutor:
         # The results bring what the bus has not delivered, so all events of a step are passed on before its end.
         outcomes = [self._outcome(reference, report) for reference in done]
         self._exchange(report)
+        self._look_for_drains()
         for reference, running in self._running.items():
             if running.kill_at is not None and time.monotonic() >= running.kill_at and not running.killed:
                 running.killed = True
@@ -153,9 +172,8 @@ class RayExecutor:
     def _deliver(self, running: _Running, messages: Mapping[str, list[Message]], report: OnReport) -> None:
         for sender, numbered in messages.items():
             for event in self._inbox.accept(sender, numbered):
-                if event["type"] == "running":
-                    running.node = event["node"]
-                report(running.task.step, event)
+                for shown in running.learn(event):
+                    report(running.task.step, shown)
 
     def _outcome(self, reference: Any, report: OnReport) -> Outcome:
         import ray
@@ -163,18 +181,27 @@ class RayExecutor:
 
         running = self._running.pop(reference)
         task = running.task
+        self._look_for_drains(at_once=True)
         try:
             outcome, kept = ray.get(reference)
         except RayError as error:
             self._ended.add(task.attempt)
-            death = died(error, "its process", running.node)
+            death = died(error, "its process")
             kind = "cancelled" if running.kill_at is not None else classify(death)
             outcome = Outcome(task.step, task.attempt, 0.0, error=str(death), kind=kind)
             _add_to_log(task, error)
         else:
             self._deliver(running, kept, report)
         self._inbox.forget(task.attempt)
-        return outcome
+        # Ray itself tells a preemption only if the node was lost after its deadline.
+        is_preempted = outcome.kind == "infrastructure" and running.nodes & self._drained
+        return replace(outcome, kind="preempted") if is_preempted else outcome
+
+    def _look_for_drains(self, *, at_once: bool = False) -> None:
+        """Remember which nodes were about to be taken away: once they are lost, nothing tells it."""
+        if at_once or time.monotonic() > self._drains_seen_at + DRAIN_LOOK_SECONDS:
+            self._drained |= draining_nodes()
+            self._drains_seen_at = time.monotonic()
 
 
 def _add_to_log(task: Task, error: Exception) -> None:
@@ -188,6 +215,7 @@ def _run_in_worker(shipped: Shipped, bus: Any, wait_seconds: float) -> tuple[Out
     import ray
 
     (task,) = shipped.unpack()
+    os.environ.update(task.settings)
     channel = Channel(put_on(bus), task.attempt)
     channel.report({"type": "running", "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
     outcome = run_logged(

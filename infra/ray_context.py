@@ -144,8 +144,7 @@ def _train_loop(settings: dict[str, Any]) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(channel.close)
         stack.enter_context(_rank_log(task, rank))
-        if rank == 0:
-            channel.report({"type": "workers_started"})
+        channel.report({"type": "worker_started", "node": ray.get_runtime_context().get_node_id()})
         check_work_is_shared(work)
         try:
             result = function(config, RayWorker(rank, world_size, channel))

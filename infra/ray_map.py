@@ -31,7 +31,7 @@ class OrderedMap:
     Args:
         shipped: What is applied: a function, or a class that each worker builds once.
         resources: Of each worker.
-        report: Takes events: that the map waits for room, and that it has found some.
+        report: Takes events: that the map waits for room, and that a worker is up.
         cancelled: Whether to give up.
     """
 
@@ -104,23 +104,17 @@ class OrderedMap:
         if self._cancelled():
             raise CancelledError("the run was cancelled; what is finished is kept")
         done, _ = ray.wait([*self._running, *self._starting], num_returns=1, timeout=LOOK_SECONDS)
-        self._tell(none_is_up=not self._load and not done)
+        if not done and not self._load and not self._is_queued:
+            self._is_queued = True
+            self._report({"type": "workers_queued", "workers": in_words(self._resources, len(self._actors))})
         for reference in done:
             if reference in self._starting:
-                _value(reference)
+                self._report({"type": "worker_started", "node": _value(reference)})
                 self._load[self._starting.pop(reference)] = 0
             else:
                 number, call = self._running.pop(reference)
                 self._finished[number] = reference
                 self._load[call] -= 1
-
-    def _tell(self, *, none_is_up: bool) -> None:
-        """Report that the map begins or ends to wait for room."""
-        if none_is_up and not self._is_queued:
-            self._report({"type": "workers_queued", "workers": in_words(self._resources, len(self._actors))})
-        if self._is_queued and not none_is_up:
-            self._report({"type": "workers_started"})
-        self._is_queued = none_is_up
 
 
 def _value(reference: Any) -> Any:
@@ -139,12 +133,15 @@ def _value(reference: Any) -> Any:
 class _Worker:
     """Applies one function to one item after another, or the one instance of a class that it builds."""
 
-    def build(self, shipped: Shipped) -> None:
-        """Get ready; not in the constructor, whose errors would look as if the process had died."""
+    def build(self, shipped: Shipped) -> str:
+        """Get ready; not in the constructor, whose errors would look as if the process had died. Returns the node."""
+        import ray
+
         (function,) = shipped.unpack()
         # Like `is_class` of the stages' context, which the engine may not import.
         is_class = isinstance(function.func if isinstance(function, partial) else function, type)
         self._call = function() if is_class else function
+        return ray.get_runtime_context().get_node_id()
 
     def call(self, item: Any) -> Any:
         """Apply it to one item."""

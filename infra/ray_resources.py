@@ -90,6 +90,19 @@ def _in_words(name: str, amount: float) -> str:
     return f"{amount / 2**30:.3g} GiB of memory" if name == "memory" else f"{amount:g} {name}"
 
 
+def draining_nodes() -> set[str]:
+    """Ray's ids of the nodes that are about to be taken away.
+
+    Ray has no public way to ask. Where a version of it lacks this one, a node that is taken away counts as lost.
+    """
+    try:
+        from ray._private.state import state
+
+        return set(state.get_draining_nodes())
+    except (ImportError, AttributeError):
+        return set()
+
+
 def _nodes() -> list[dict[str, float]]:
     import ray
 

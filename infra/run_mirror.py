@@ -8,18 +8,24 @@ large enough, so that a long run never sends the same events many times and make
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
+import re
+import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from ropewalk.infra.object_store import ObjectStoreObjects
+from ropewalk.infra.object_store import Entry, ObjectStoreObjects
 from ropewalk.infra.store import Store
 
 INTERVAL_SECONDS = 3.0
+FILES_AT_ONCE = 16
 PIECE_BYTES = 64 << 10
 PULL_SECONDS = 2.0
 """Records are asked for at most so often by one process."""
@@ -27,8 +33,12 @@ GROWING = (".jsonl", ".log")
 ORIGIN = ".origin"
 """Beside `run.json` on the machine that wrote the record."""
 
-_pulled: dict[Path, float] = {}
-"""When each store, by its folder on this machine, was last asked; on this process's monotonic clock."""
+PIECE = re.compile(r"(.+)\.d/([0-9]{15})")
+OWN = "written here"
+"""Stands for the tag of what this machine has written itself."""
+
+_pulled: dict[tuple[Path, str | None], float] = {}
+"""When each store, by its folder on this machine, was last asked for what; on this process's monotonic clock."""
 
 
 class RunMirror:
@@ -102,63 +112,78 @@ class RunMirror:
                 self._sent[name] = start, end
 
 
-def pull_runs(store: Store, *, at_once: bool = False) -> None:
+def pull_runs(store: Store, *, at_once: bool = False, logs_of: str | None = None) -> None:
     """Bring the records of all runs of an object store to this machine, where they are new or have grown.
 
-    Does nothing if that was done a moment ago, unless `at_once`.
+    Logs, which may be long, are brought of the run `logs_of`; then nothing is done about the other runs. What was
+    asked for a moment ago is not asked again, unless `at_once`. Records that were removed elsewhere go here, too.
 
     Raises OSError if the store does not answer.
     """
-    objects = store.objects
+    objects, what = store.objects, (store.root, logs_of)
     if not isinstance(objects, ObjectStoreObjects):
         return
-    if not at_once and time.monotonic() - _pulled.get(store.root, float("-inf")) < PULL_SECONDS:
+    if not at_once and time.monotonic() - _pulled.get(what, float("-inf")) < PULL_SECONDS:
         return
     seen_path = store.root / "cache" / "runs.json"
     seen = _read_seen(seen_path)
-    brought = {_file_of(name)[0] for name in seen}
-    entries = objects.entries("runs")
-    for name, (_, tag) in sorted(entries.items()):
-        if seen.get(name) != tag and _is_wanted(store, name, brought):
-            _bring(store, objects, name)
-            seen[name] = tag
-    seen_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = seen_path.with_name(f"{seen_path.name}.{threading.get_native_id()}")
-    temporary.write_text(json.dumps({name: tag for name, tag in seen.items() if name in entries}), encoding="utf-8")
-    temporary.replace(seen_path)
-    _pulled[store.root] = time.monotonic()
+    brought = {_file_of(name)[0] for name, tag in seen.items() if tag != OWN}
+    part = f"{logs_of}/" if logs_of else ""
+    entries = {part + name: entry for name, entry in objects.entries(f"runs/{part}".rstrip("/")).items()}
+    wanted = []
+    for name, entry in entries.items():
+        if seen.get(name) != entry.tag and (logs_of or "/logs/" not in name) and _is_confined(name):
+            is_ours = _is_ours(store, name, brought)
+            seen[name] = OWN if is_ours else entry.tag
+            wanted += [] if is_ours else [(name, entry)]
+    wanted.sort(key=lambda item: _file_of(item[0]))
+    by_file = [list(pieces) for _, pieces in itertools.groupby(wanted, key=lambda item: _file_of(item[0])[0])]
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        list(pool.map(lambda pieces: _bring(store, objects, pieces), by_file))
+    gone = {name for name in seen if name.startswith(part)} - entries.keys()
+    _forget(store, {name.partition("/")[0] for name in gone} - {name.partition("/")[0] for name in entries})
+    _write_seen(seen_path, {name: tag for name, tag in seen.items() if name not in gone})
+    _pulled[what] = time.monotonic()
 
 
-def _is_wanted(store: Store, name: str, brought: set[str]) -> bool:
-    """Not what this machine has written itself; of that, the file is ahead of the object."""
+def _is_confined(name: str) -> bool:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        return False
+    return not path.is_absolute() and ".." not in path.parts and len(path.parts) > 1
+
+
+def _is_ours(store: Store, name: str, brought: set[str]) -> bool:
+    """Whether this machine has written it itself; then the file is ahead of the object."""
     target = _file_of(name)[0]
-    own = (store.root / "runs" / path.parts[0] / ORIGIN).exists()
-    return target in brought or not (own and (store.root / "runs" / target).exists())
+    own = (store.root / "runs" / PurePosixPath(name).parts[0] / ORIGIN).exists()
+    return own and target not in brought and (store.root / "runs" / target).exists()
 
 
 def _file_of(name: str) -> tuple[str, int]:
     """The file that an object belongs to, and where in it."""
-    head, dot, offset = name.rpartition(".d/")
-    return (head, int(offset)) if dot and offset.isdigit() else (name, 0)
+    match = PIECE.fullmatch(name)
+    return (match[1], int(match[2])) if match else (name, 0)
 
 
-def _bring(store: Store, objects: ObjectStoreObjects, name: str) -> None:
-    target, offset = _file_of(name)
-    content = objects.read(f"runs/{name}")
-    path = store.root / "runs" / target
+def _bring(store: Store, objects: ObjectStoreObjects, pieces: list[tuple[str, Entry]]) -> None:
+    """Bring what is new of one file; its time becomes that of the newest piece."""
+    path = store.root / "runs" / _file_of(pieces[0][0])[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    if target == name:
-        temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
-        temporary.write_bytes(content)
-        temporary.replace(path)
-        return
-    path.touch()
-    with path.open("rb+") as file:
-        file.seek(offset)
-        file.write(content)
+    for name, _ in pieces:
+        content = objects.read(f"runs/{name}")
+        if PIECE.fullmatch(name):
+            path.touch()
+            with path.open("rb+") as file:
+                file.seek(_file_of(name)[1])
+                file.write(content)
+        else:
+            _write_whole(path, content)
+    changed_at = max(entry.changed_at for _, entry in pieces)
+    os.utime(path, (changed_at, changed_at))
+
+
+def _forget(store: Store, run_ids: set[str]) -> None:
+    for run_id in run_ids:
+        shutil.rmtree(store.root / "runs" / run_id, ignore_errors=True)
 
 
 def _read_seen(path: Path) -> dict[str, str]:
@@ -166,3 +191,14 @@ def _read_seen(path: Path) -> dict[str, str]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def _write_seen(path: Path, seen: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, json.dumps(seen).encode())
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

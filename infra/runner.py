@@ -12,7 +12,7 @@ from ropewalk.infra.executor import Executor
 from ropewalk.infra.external import external_uri
 from ropewalk.infra.failures import Tries, classify
 from ropewalk.infra.journal import Journal, OnEvent
-from ropewalk.infra.lease import Stamp, Watch
+from ropewalk.infra.lease import Stamp, Watch, settings
 from ropewalk.infra.plan import Planner, StepPlan
 from ropewalk.infra.record import RunRecord, run_started
 from ropewalk.infra.results import RunResult, StepResult
@@ -213,7 +213,7 @@ class Runner:
         else:
             # A number that was used, and whose commit counts no more, is never used again.
             open_step.plan = replace(open_step.plan, commit_number=number)
-            self._start(open_step, stamp)
+            self._start_unless_changed(open_step, stamp)
 
     def _committed(self, open_step: _Open) -> Commit | None:
         """The output, if another run has committed it since the step was decided."""
@@ -236,7 +236,20 @@ class Runner:
                 event = {"type": "step_waiting", "step": step.name, "key": open_step.key, "holder": str(holder)}
                 self._journal.event({**event, "reason": reason})
 
-    def _start(self, open_step: _Open, stamp: Stamp) -> None:
+    def _start_unless_changed(self, open_step: _Open, stamp: Stamp) -> None:
+        """Start an attempt, if outside data is still what the key says; else the step is decided anew."""
+        step = open_step.step
+        try:
+            uris = self._external_uris(open_step)
+        except (OSError, UserError, StoreError) as error:
+            self._undecidable(step, error)
+            return
+        if uris is None:
+            self._open.pop(step.name)
+        else:
+            self._start(open_step, stamp, uris)
+
+    def _start(self, open_step: _Open, stamp: Stamp, external_uris: dict[str, str]) -> None:
         step, plan, attempt = open_step.step, open_step.plan, new_attempt_name()
         if not self._started:
             self._started = True
@@ -245,7 +258,7 @@ class Runner:
         inputs = self._inputs(step)
         task = make_task(
             step,
-            inputs={slot: source["uri"] for slot, source in inputs.items()} | self._external_uris(step),
+            inputs={slot: source["uri"] for slot, source in inputs.items()} | external_uris,
             store_uri=self.store.uri,
             key=open_step.key,
             attempt=attempt,
@@ -255,6 +268,7 @@ class Runner:
             stale_lease=stamp,
             log_name=self.record.log_name(step.name, attempt),
             import_paths=self.import_paths,
+            settings=settings(),
         )
         open_step.attempt, open_step.lost_lease = attempt, False
         open_step.series.begin()
@@ -370,12 +384,17 @@ class Runner:
             found[slot] = {"uri": external.path, "digest": plan.document["externals"][slot], "step": None}
         return found
 
-    def _external_uris(self, step: Step) -> dict[str, str]:
-        """By slot, what outside data is found by on any machine."""
-        return {
-            slot: external_uri(external, f"step {step.name}, input {slot}", self.store)
-            for slot, external in step.externals.items()
-        }
+    def _external_uris(self, open_step: _Open) -> dict[str, str] | None:
+        """By slot, what outside data is found by on any machine; None if some is not what the key says."""
+        assert open_step.plan.document is not None
+        digests, found = open_step.plan.document["externals"], {}
+        for slot, external in open_step.step.externals.items():
+            place = f"step {open_step.step.name}, input {slot}"
+            uri = external_uri(external, place, self.store, digests[slot])
+            if uri is None:
+                return None
+            found[slot] = uri
+        return found
 
     def _report(self, step: str, event: dict[str, Any]) -> None:
         """Take what a step reports while it runs."""

@@ -174,7 +174,7 @@ class Pipeline:
 def unknown(what: str, name: str, known: Sequence[str]) -> str:
     """One sentence that refuses a name and offers the nearest right one."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
     return f"no {what} is called {name!r}; {hint}"
 
 

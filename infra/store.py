@@ -21,13 +21,15 @@ machine with the same layout, from which commits are uploaded and into which out
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,12 +62,15 @@ class Store:
 
     def __init__(self, uri: str | Path) -> None:
         text = str(uri).removeprefix("file://")
-        scheme = text.partition("://")[0] if "://" in text else None
+        # With one slash forgotten it is no folder either.
+        scheme = match[1] if (match := re.match(r"(\w{2,}):/", text)) else None
         self._remote: ObjectStoreObjects | None = None
         if scheme is None:
             self.root = Path(text).expanduser().absolute()
+            if self.root.exists() and not (self.root.is_dir() and os.access(self.root, os.R_OK | os.X_OK)):
+                raise UserError(f"--store {text}: it is no folder, or none that you may read; name another one")
             self.objects: Objects = LocalObjects(self.root)
-        elif scheme in SCHEMES:
+        elif scheme in SCHEMES and "://" in text:
             from ropewalk.infra.object_store import open_objects, scratch_folder
 
             remote = open_objects(text)
@@ -96,19 +101,17 @@ class Store:
         finds its own folder gone and cannot write into its successor's. Raises StoreError if a later holder has it.
         """
         parent, mine = self.root / "work" / key, f"{generation:06d}"
-        parent.mkdir(parents=True, exist_ok=True)
-        while (newest := max((path.name for path in parent.iterdir()), default="")) < mine:
-            try:
-                (parent / newest).rename(parent / mine) if newest else (parent / mine).mkdir()
-            except FileNotFoundError:
-                continue  # Another holder has moved it meanwhile.
+        while (newest := max((path.name for path in parent.glob("[0-9]*")), default="")) < mine:
+            with contextlib.suppress(FileNotFoundError):  # Another holder has moved it meanwhile.
+                (parent / newest).rename(parent / mine) if newest else (parent / mine).mkdir(parents=True)
         if newest > mine:
             raise StoreError(f"{parent}: a later attempt goes on with it")
         return parent / mine
 
     def drop_work(self, key: str) -> None:
         """Remove the scratch folders of a key, after its commit."""
-        shutil.rmtree(self.root / "work" / key, ignore_errors=True)
+        for kind in ("work", "mirrors"):
+            shutil.rmtree(self.root / kind / key, ignore_errors=True)
         if not self.is_local:
             self.objects.remove(f"work/{key}")
 
@@ -137,6 +140,8 @@ class Store:
         Raises StoreError for an output that cannot be committed (a symbolic link, nothing written).
         """
         folder = f"objects/{attempt.key}/attempts/{attempt.name}"
+        if not self.is_local:
+            self._mark(folder).touch()
         files = describe(attempt.folder)
         if not data_files(files):
             raise StoreError(f"attempt {attempt.name}: the stage wrote nothing to its output folder")
@@ -200,8 +205,13 @@ class Store:
         """The numbers of all commits of a key, valid or not."""
         return self._numbers(f"objects/{key}/commits")
 
-    def problems(self, commit: Commit, *, deep: bool = False) -> list[str]:
-        """Files of a commit that are gone or have another size; with `deep`, also those whose content has changed."""
+    def problems(
+        self, commit: Commit, *, deep: bool = False, on_read: Callable[[int], None] = lambda num_bytes: None
+    ) -> list[str]:
+        """Files of a commit that are gone or have another size; with `deep`, also those whose content has changed.
+
+        `on_read` is called with the size of each file whose content was compared.
+        """
         folder = f"objects/{commit.key}/attempts/{commit.attempt.name}"
         sizes = self.objects.sizes(folder)
         problems, sound = [], []
@@ -213,7 +223,7 @@ class Store:
                 problems.append(f"{self.uri}/{folder}/{path}: has {size} bytes, was committed with {entry['size']}")
             else:
                 sound.append(entry)
-        return problems + (self._changed(folder, sound) if deep else [])
+        return problems + (self._changed(folder, sound, on_read) if deep else [])
 
     def withdraw(self, key: str, number: int, by: str, reason: str) -> None:
         """Make a commit count no more, so that the next run makes the output again; its number is not used again.
@@ -233,18 +243,22 @@ class Store:
 
     def keep(self, commit: Commit) -> bool:
         """Rely on a commit, after the use was recorded: lifts the tombstone. False if it is being removed already."""
-        self.objects.remove(f"objects/{commit.key}/tombstones/{commit.attempt.name}.json")
+        kinds = self.objects.names(f"objects/{commit.key}")
+        if "tombstones" in kinds:
+            self.objects.remove(f"objects/{commit.key}/tombstones/{commit.attempt.name}.json")
+        elif "withdrawn" not in kinds:
+            return True  # Nobody has begun to collect it, and who begins now sees the use.
         return not self.is_withdrawn(commit.key, commit.number)
 
-    def pull_runs(self, *, at_once: bool = False) -> None:
+    def pull_runs(self, *, at_once: bool = False, logs_of: str | None = None) -> None:
         """Bring the records of all runs to this machine if they are elsewhere, or were not brought just now.
 
-        Raises OSError.
+        With `logs_of`, bring instead all of one run, its logs included. Raises OSError.
         """
         if not self.is_local:
             from ropewalk.infra.run_mirror import pull_runs
 
-            pull_runs(self, at_once=at_once)
+            pull_runs(self, at_once=at_once, logs_of=logs_of)
 
     def fetch(self, uri: str) -> Path:
         """The local folder of a committed output's data, given its URI; it is downloaded if that is needed.
@@ -260,28 +274,32 @@ class Store:
         commit = self._commit_of(match[2], match[3], uri)
         folder = f"objects/{commit.key}/attempts/{commit.attempt.name}"
         entries = data_files(commit.record["files"])
-        if self._remote is None:
-            self._check_touched(commit, folder, entries)
-        else:
-            self.download(folder, entries)
-        return commit.attempt.data
-
-    def download(self, folder: str, entries: list[dict[str, Any]]) -> Path:
-        """Bring files of a folder, given by path, size and sha256, from an object store to the folder's local path."""
-        if self._remote is not None:
-            files = [(f"{folder}/{e['path']}", self.root / folder / e["path"], e["size"], e["sha256"]) for e in entries]
-            self._remote.download(files)
-        return self.root / folder
-
-    def _check_touched(self, commit: Commit, folder: str, entries: list[dict[str, Any]]) -> None:
-        problems = self.problems(commit)
-        if not problems:
-            # The time of the last change to an inode cannot be set back as its mtime can.
-            at = commit.record["committed_at"]
-            touched = [entry for entry in entries if (self.root / folder / entry["path"]).stat().st_ctime > at]
-            problems = self._changed(folder, touched)
+        problems = self.problems(commit) if self.is_local else []
+        problems = problems or self.bring(folder, entries, since=commit.record["committed_at"])
         if problems:
             raise StoreError(f"{problems[0]}; `ropewalk verify --repair` lets the next run make it again")
+        return commit.attempt.data
+
+    def bring(self, folder: str, entries: list[dict[str, Any]], *, since: float) -> list[str]:
+        """Make sure that files of a folder, given by path, size and sha256, are on this machine, as they are given.
+
+        In a local store, files that were touched `since` then are compared; what is wrong is returned. From an object
+        store what is missing or wrong is brought anew.
+        """
+        if self._remote is None:
+            # The time of the last change to an inode cannot be set back as its mtime can.
+            touched = [e for e in entries if (self.root / folder / e["path"]).stat().st_ctime > since]
+            return self._changed(folder, touched)
+        mark = self._mark(folder)
+        checked_at = mark.stat().st_ctime if mark.exists() else None
+        files = [(f"{folder}/{e['path']}", self.root / folder / e["path"], e["size"], e["sha256"]) for e in entries]
+        self._remote.download(files, checked_at)
+        mark.touch()
+        return []
+
+    def _mark(self, folder: str) -> Path:
+        """Tells by its time when the files of a folder on this machine were known to be right."""
+        return (self.root / folder).with_name(f".{Path(folder).name}.checked")
 
     def read_commit(self, key: str, number: int) -> Commit:
         """A commit by its number, whether its files are sound or not. Raises StoreError if it cannot be read."""
@@ -373,15 +391,18 @@ class Store:
             raise StoreError(f"{self.uri}/{name}: not a JSON object")
         return document
 
-    def _changed(self, folder: str, entries: list[dict[str, Any]]) -> list[str]:
+    def _changed(
+        self, folder: str, entries: list[dict[str, Any]], on_read: Callable[[int], None] = lambda num_bytes: None
+    ) -> list[str]:
         """The files whose content is not what was committed."""
+        found = []
         with ThreadPoolExecutor(max_workers=num_threads()) as pool:
             digests = pool.map(lambda entry: self.objects.sha256(f"{folder}/{entry['path']}"), entries)
-            return [
-                f"{self.uri}/{folder}/{entry['path']}: content changed since it was committed"
-                for entry, digest in zip(entries, digests, strict=True)
-                if digest != entry["sha256"]
-            ]
+            for entry, digest in zip(entries, digests, strict=True):
+                on_read(entry["size"])
+                if digest != entry["sha256"]:
+                    found.append(f"{self.uri}/{folder}/{entry['path']}: content changed since it was committed")
+        return found
 
 
 def new_attempt_name() -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from ropewalk.infra.reachable import why_unreachable
 from ropewalk.infra.scrub import scrub_text
 from ropewalk.infra.step import UserError
 from ropewalk.infra.store import Store
@@ -29,7 +30,6 @@ JOB_VARIABLE = "ROPEWALK_JOB"
 """Tells the driver on the cluster which job it is; JSON of `Job`."""
 STOP_WAIT_SECONDS = 45
 """Between SIGTERM and SIGKILL when a job is stopped: the engine's grace period, and time to close the record."""
-CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 300.0
 """How long a cluster may not answer while its job is followed."""
 POLL_SECONDS = 1.0
@@ -200,12 +200,9 @@ def connect(address: str) -> Any:
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--address {address}: give the address of the cluster's dashboard, http://HOST:8265")
-    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    try:
-        # Ray's client itself would wait for minutes for a host that drops packets.
-        socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise UserError(_unreachable(address, error)) from None
+    reason = why_unreachable(address)
+    if reason:
+        raise UserError(_unreachable(address, reason))
     with _explained(address), _explicit_address(), _quiet_ray():
         from ray.job_submission import JobSubmissionClient
 
@@ -239,7 +236,7 @@ async def _follow(job: Job, write: Callable[[str], None]) -> JobEnd:
             heard = time.monotonic()
         except (RuntimeError, OSError, aiohttp.ClientError, requests.RequestException) as error:
             if time.monotonic() - heard > PATIENCE_SECONDS:
-                raise UserError(_unreachable(job.address, error)) from None
+                raise UserError(_unreachable(job.address, _first_line(error))) from None
         await asyncio.sleep(POLL_SECONDS)
 
 
@@ -288,7 +285,7 @@ def _explained(address: str) -> Iterator[None]:
     except UserError:
         raise
     except ConnectionError as error:
-        raise UserError(_unreachable(address, error)) from None
+        raise UserError(_unreachable(address, _first_line(error))) from None
     except Exception as error:
         from ray.exceptions import AuthenticationError
 
@@ -309,9 +306,9 @@ def _refused(address: str, text: str) -> str:
     return f"RAY_AUTH_MODE=token, but there is no token: give the token of {address} in {places}"
 
 
-def _unreachable(address: str, error: BaseException) -> str:
+def _unreachable(address: str, reason: str) -> str:
     return (
-        f"no Ray dashboard answers at {address} ({_first_line(error)}): check that the cluster is up and that its port"
+        f"no Ray dashboard answers at {address} ({reason}): check that the cluster is up and that its port"
         " is reachable from here"
     )
 

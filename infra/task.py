@@ -92,6 +92,8 @@ class Task:
     worker_resources: Resources = field(default_factory=Resources)
     import_paths: tuple[str, ...] = ()
     """Folders that the pipeline file's own modules are imported from."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables that hold in every process of a run, as its driver has them."""
 
     @property
     def store(self) -> Store:

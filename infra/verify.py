@@ -12,8 +12,10 @@ from ropewalk.infra.store import Store
 DAMAGED = "damage"
 """Who withdraws a damaged commit."""
 
-OnCommit = Callable[[int, int, int], None]
-"""Called after each commit with how many are done, how many there are, and the bytes of this one."""
+OnCommit = Callable[[int, int], None]
+"""Called after each commit with how many are done and how many there are."""
+OnRead = Callable[[int], None]
+"""Called with the bytes of each file whose content was compared."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ class Verdict:
 
 
 def verify(
-    store: Store, keys: Iterable[str], *, deep: bool, repair: bool, on_commit: OnCommit = lambda done, total, size: None
+    store: Store,
+    keys: Iterable[str],
+    *,
+    deep: bool,
+    repair: bool,
+    on_commit: OnCommit = lambda done, total: None,
+    on_read: OnRead = lambda num_bytes: None,
 ) -> list[Verdict]:
     """Check every commit of the keys.
 
@@ -50,20 +58,21 @@ def verify(
         keys: Which.
         deep: Compare contents, not only sizes.
         repair: Withdraw what is corrupt, so that the next run makes it again and nothing that is sound.
-        on_commit: Takes the progress.
+        on_commit: Takes the progress in commits.
+        on_read: Takes the progress in bytes.
     """
     numbered = [(key, number) for key in keys for number in store.numbers(key)]
     verdicts = []
     for done, (key, number) in enumerate(numbered, 1):
-        verdict = _check(store, key, number, deep=deep)
+        verdict = _check(store, key, number, deep=deep, on_read=on_read)
         if repair and verdict.status == "CORRUPT":
             store.withdraw(key, number, DAMAGED, "; ".join(verdict.problems))
         verdicts.append(verdict)
-        on_commit(done, len(numbered), verdict.num_bytes)
+        on_commit(done, len(numbered))
     return verdicts
 
 
-def _check(store: Store, key: str, number: int, *, deep: bool) -> Verdict:
+def _check(store: Store, key: str, number: int, *, deep: bool, on_read: OnRead) -> Verdict:
     try:
         commit = store.read_commit(key, number)
     except StoreError as error:
@@ -72,7 +81,7 @@ def _check(store: Store, key: str, number: int, *, deep: bool) -> Verdict:
         return Verdict(key, number, None, uri, status, (str(error),))
     if store.is_withdrawn(key, number):
         return _verdict(commit, "WITHDRAWN", [])
-    problems = store.problems(commit, deep=deep)
+    problems = store.problems(commit, deep=deep, on_read=on_read)
     return _verdict(commit, "CORRUPT" if problems else "SOUND", problems)
 
 

@@ -7,6 +7,7 @@ shows the traceback as well.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
@@ -33,6 +34,14 @@ app = typer.Typer(
 )
 
 Command = Callable[..., int]
+ADVICE = {
+    errno.EACCES: ("change its permissions, or name another folder with --store",),
+    errno.EPERM: ("change its permissions, or name another folder with --store",),
+    errno.EROFS: ("name another folder with --store",),
+    errno.ENOTDIR: ("one of these folders is a file",),
+    errno.ENOSPC: ("make room there, then do the same again",),
+}
+"""What to do about the errors of a disk."""
 
 
 def command(panel: str, *examples: str) -> Callable[[Command], Command]:
@@ -90,7 +99,7 @@ def _refuse(error: Any, as_json: bool) -> int:
 
     The exit status is 1: that of `plan --exit-code` is 2 if work remains.
     """
-    message = error.format_message().strip().rstrip(".")
+    message = error.format_message().strip().rstrip(".").replace("Value error, ", "")
     if not message:
         error.show()
         return 1
@@ -134,10 +143,10 @@ def in_a_sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, ValidationError):
         return first_problem(error, error.title)
-    if isinstance(error, OSError):
-        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        return text or type(error).__name__
     first = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first
+        return "; ".join([text or type(error).__name__, *ADVICE.get(error.errno or 0, ())])
     return f"this should not happen: {type(error).__name__}: {first} (--debug shows where)"
 
 

@@ -23,6 +23,7 @@ from ropewalk.pipelines.options import (
     OptionalStepArgument,
     PipelineOptions,
     PolicyOptions,
+    OptionalRunArgument,
     RunArgument,
     SelectionOptions,
     SettingOptions,
@@ -208,7 +209,7 @@ def cancel(
 
 @command(RUNS, "ropewalk sync last", "ropewalk sync --all")
 def sync(
-    run_id: RunArgument = "last",
+    run_id: OptionalRunArgument = None,
     store: StoreOption = DEFAULT_STORE,
     all_runs: Annotated[bool, typer.Option("--all", help="Every run that MLflow does not have whole.")] = False,
     as_json: JsonOption = False,
@@ -216,7 +217,9 @@ def sync(
     """Bring MLflow up to date with the record of a run, or of all."""
     from ropewalk.pipelines.tracking_commands import sync_all_runs, sync_run
 
-    return sync_all_runs(store, as_json) if all_runs else sync_run(store, run_id, as_json)
+    if all_runs and run_id:
+        raise UserError("sync takes a RUN or --all, not both")
+    return sync_all_runs(store, as_json) if all_runs else sync_run(store, run_id or "last", as_json)
 
 
 @command(STORE, "ropewalk verify quickstart --deep --repair")

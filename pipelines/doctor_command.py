@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +14,8 @@ MARKS = {True: Text("ok", "green"), False: Text("wrong", "red"), None: Text("not
 
 def show_diagnosis(store_uri: str, address: str | None, as_json: bool) -> int:
     """Check the machine, the store and what they talk to; 1 if something is wrong."""
-    checks = diagnose(store_uri, address)
+    with Console(stderr=True).status("looking"):
+        checks = diagnose(store_uri, address)
     if as_json:
         emit({"checks": [{"name": check.name, "ok": check.ok, "message": check.message} for check in checks]})
     else:

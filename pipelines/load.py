@@ -46,7 +46,7 @@ def load_pipeline(target: str, parameters: Sequence[str] = (), settings: Sequenc
     with _blamed_on(target, "its pipeline() failed", _file_of(module)):
         pipeline = build(**arguments)
     if not isinstance(pipeline, Pipeline):
-        raise UserError(f"{target}: pipeline() returned a {type(pipeline).__name__}, not a Pipeline")
+        raise UserError(f"{target}: pipeline() returned {type(pipeline).__name__}, not a Pipeline")
     return Loaded(pipeline.with_settings(settings), paths)
 
 

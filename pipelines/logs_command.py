@@ -28,6 +28,7 @@ def show_logs(
     """Print the logs of a run; with `follow`, go on until the run has ended."""
     store = Store(store_uri)
     run_id = find_run(store, run_id, submitted=follow)
+    store.pull_runs(logs_of=run_id)
     ending = Ending(store, run_id)
     wait = ending.wait if follow else lambda: False
     logs = RunLogs(store.root / "runs" / run_id, step, attempt)
@@ -42,7 +43,8 @@ def show_logs(
     if as_json:
         emit({"run_id": run_id, "logs": [log.to_json() for log in logs.files()]})
     elif exit_status == 0 and not logs.files():
-        sys.stderr.write(f"run {run_id} has no logs{' of this attempt' if attempt else ''}: nothing of it ran\n")
+        of = f" of step {step}" if step else ""
+        sys.stderr.write(f"run {run_id} has no logs{of}{' and attempt' if attempt else ''}: it did not run\n")
     return exit_status
 
 
@@ -62,9 +64,10 @@ class Ending:
             if not self._store.is_local and not self._waited:
                 self._waited = True
                 time.sleep(LAST_WORDS_SECONDS)
-                self._store.pull_runs()
+                self._store.pull_runs(logs_of=self._run_id)
             return False
         time.sleep(POLL_SECONDS)
+        self._store.pull_runs(logs_of=self._run_id)
         return True
 
     def over(self) -> bool:

@@ -22,6 +22,10 @@ DASHBOARD = "http://127.0.0.1:8265"
 
 PIPELINE = "A name in pipelines/ (quickstart) or a Python file with pipeline()."
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run id, or `last`.", autocompletion=completion.runs)]
+OptionalRunArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="A run id; default: the last run.", autocompletion=completion.runs),
+]
 StepArgument = Annotated[str, typer.Argument(help="Name of a step.", autocompletion=completion.steps)]
 OptionalStepArgument = Annotated[str | None, typer.Argument(help="Name of a step.", autocompletion=completion.steps)]
 StoreOption = Annotated[

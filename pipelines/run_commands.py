@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -116,6 +117,8 @@ def _run_record(store: Store, loaded: Loaded, request: Request, run_id: str | No
     """A new record; a run that was submitted to a cluster also records its job."""
     from ropewalk.infra.submit import check_same_store, driver_job
 
+    if run_id and not re.fullmatch(r"\w[\w-]*", run_id):
+        raise UserError(f"--run-id {run_id}: must be letters, digits, '-' and '_'")
     job = driver_job(run_id)
     if job is None:
         return RunRecord(store, loaded.pipeline.name, _repeatable(request), run_id)
@@ -141,7 +144,10 @@ def _executor(name: str, address: str | None, steps: list[Step], wait_for_resour
 
         return LocalExecutor(lambda task, work, report, stop: LocalContext(work, report, stop))
     from ropewalk.infra.on_ray import RayExecutor
+    from ropewalk.infra.reachable import require_ray
 
+    if address and steps:
+        require_ray(address)
     return RayExecutor(steps, address, wait_for_resources)
 
 

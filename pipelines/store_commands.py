@@ -130,15 +130,19 @@ def _chosen_keys(
 
 def _verify_with_progress(store: Store, keys: list[str], *, deep: bool, repair: bool) -> list[Verdict]:
     columns = TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[read]}")
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar, total_bytes = progress.add_task("verify", total=None, read=""), 0
 
-        def advance(done: int, total: int, size: int) -> None:
+        def read(num_bytes: int) -> None:
             nonlocal total_bytes
-            total_bytes += size
-            progress.update(bar, completed=done, total=total, read=_size(total_bytes))
+            total_bytes += num_bytes
+            progress.update(bar, read=f"{_size(total_bytes)} read")
 
-        return verify(store, keys, deep=deep, repair=repair, on_commit=advance)
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        return verify(store, keys, deep=deep, repair=repair, on_commit=advance, on_read=read)
 
 
 def _show_garbage(found: list[Garbage], dropped: list[str], policy: garbage.Policy, yes: bool) -> None:

@@ -98,6 +98,43 @@ class squares:  # noqa: N801
         (output.data / "squares.json").write_text(json.dumps(found))
 
 
+class Cube:
+    """Built once per worker; leaves a trace of that, and of each number."""
+
+    def __init__(self, traces: Path) -> None:
+        self.traces = traces
+        self.built_in = os.getpid()
+        trace(traces, "built", os.getpid())
+
+    def __call__(self, number: int, folder: Path) -> dict[str, int]:
+        assert os.getpid() == self.built_in
+        time.sleep(0.1)
+        (folder / f"{number:02d}.txt").write_text(str(number**3))
+        trace(self.traces, "cubed", number)
+        return {"cube": number**3}
+
+
+def trace(folder: Path, name: str, value: int) -> None:
+    """Leave a line."""
+    with (folder / name).open("a") as file:
+        file.write(f"{value}\n")
+
+
+class cubes:  # noqa: N801
+    """Cubes thirty numbers as shards; traces are beside the store's scratch folders, where they outlive the commit."""
+
+    NAME, VERSION = "cubes", 1
+
+    @staticmethod
+    def run(config, inputs, output, context):
+        (context.work / BEGUN).write_text(json.dumps(place()))
+        found = []
+        for shard in map_shards(context, partial(Cube, context.work.parents[1]), {str(n): n for n in range(30)}):
+            shard.link_into(output.data)
+            found.append(shard.counts["cube"])
+        (output.data / "cubes.json").write_text(json.dumps(found))
+
+
 def _slow(number: int) -> int:
     time.sleep(0.01 * (5 - number % 5))
     return number
@@ -223,7 +260,7 @@ def _killed_once(function: Any, at_step: int, begun: Path, config: Any, worker: 
 
 
 class killed_train:  # noqa: N801
-    """The training stage; before step 4 of the first attempt one rank is killed."""
+    """The training stage; one rank is killed once, after as many steps as the file `kill_at` in the store says."""
 
     NAME, VERSION = "killed_train", 1
     gang_size = staticmethod(train.gang_size)
@@ -231,9 +268,10 @@ class killed_train:  # noqa: N801
     @staticmethod
     def run(config, inputs, output, context):
         gang = context.gang
+        at_step = int((context.work.parents[2] / "kill_at").read_text())
 
         def disturbed_gang(function, settings, *, num_workers, resources=None):
-            killed = partial(_killed_once, function, 3, context.work / BEGUN)
+            killed = partial(_killed_once, function, at_step, context.work / BEGUN)
             return gang(killed, settings, num_workers=num_workers, resources=resources)
 
         context.gang = disturbed_gang

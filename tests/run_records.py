@@ -187,6 +187,22 @@ def _train(record: RecordBuilder, step: str, steps: int, slots: dict, *, start: 
     record.succeed(step, "checkpoint", {"config.json": '{"model_type": "llama"}'}, row_tokens=window)
 
 
+def small_record(root: Path, run_id: str) -> RecordBuilder:
+    """A training step and an evaluation of its checkpoint, finished."""
+    record = RecordBuilder(root, run_id, f"pipeline of {run_id}")
+    record.start(train={"config": {"lr": 0.1}}, evaluate={"inputs": {"model": {"step": "train"}}})
+    record.begin("train", rows="/rows")
+    for at in range(3):
+        record.metrics("train", {"loss": 3.0 - at}, at=at)
+    record.succeed("train", "checkpoint")
+    record.begin("evaluate", model="train", heldout="/heldout")
+    record.metrics("evaluate", {"score": 0.5}, at=1024, about="model")
+    record.add("something_of_a_later_version", step="evaluate")
+    record.succeed("evaluate", "predictions")
+    record.finish()
+    return record
+
+
 @functools.cache
 def empty_database() -> Path:
     """A fresh MLflow database, made once a process: MLflow takes several seconds for it."""

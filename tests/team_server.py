@@ -41,7 +41,9 @@ def postgres() -> Iterator[str]:
         os.chown(secret, user["user"], user["group"])
     secret.chmod(0o600)
     options = ["--username=mlflow", f"--pwfile={secret}", "--auth=scram-sha-256", "--encoding=UTF8", "--no-sync"]
-    subprocess.run([_program("initdb"), "-D", data, *options], check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
+    subprocess.run(
+        [_program("initdb"), "-D", data, *options], check=True, stdout=subprocess.DEVNULL, cwd=folder, **user
+    )
     secret.unlink()
     command = [_program("postgres"), "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", "", "-F"]
     with (folder / "log").open("wb") as log:

@@ -63,7 +63,7 @@ def broken_leases(store: Store, *, drivers_ended: bool) -> Iterator[str]:
 
 def repeated_work(store: Store, journal: Path, *, excused: Collection[str]) -> Iterator[str]:
     """No execution of a key begins after the key was committed."""
-    for entry in _entries(journal):
+    for entry in read_journal(journal):
         key = entry["key"]
         if entry["what"] != "began" or key in excused:
             continue
@@ -79,7 +79,7 @@ def lost_work(journal: Path, *, excused: Collection[str]) -> Iterator[str]:
     Not for an object store, to which the folder is copied every few seconds.
     """
     kept: dict[str, set[int]] = {}
-    for entry in sorted(_entries(journal), key=lambda entry: entry["time"]):
+    for entry in sorted(read_journal(journal), key=lambda entry: entry["time"]):
         before = kept.setdefault(entry["key"], set())
         if entry["what"] == "kept":
             before.add(entry["part"])
@@ -138,7 +138,8 @@ def processes_with(variable: str, value: str) -> list[int]:
     return found
 
 
-def _entries(journal: Path) -> list[dict[str, Any]]:
+def read_journal(journal: Path) -> list[dict[str, Any]]:
+    """What the stages of random_pipelines.py wrote of their executions."""
     return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
 
 

@@ -250,7 +250,7 @@ class Round:
         self.tally["commits"] = sum(
             len(self.store.objects.names(f"objects/{key}/commits")) for key in self.store.objects.names("objects")
         )
-        self.tally["executions"] = self.journal.read_text().count('"began"')
+        self.tally["executions"] = sum(entry["what"] == "began" for entry in invariants.read_journal(self.journal))
 
     def _invariants(self) -> Iterator[str]:
         yield from invariants.broken_commits(self.store, self.more)

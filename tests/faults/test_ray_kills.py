@@ -1,19 +1,20 @@
 """A cluster of several nodes that loses processes and nodes: runs complete with the digests of undisturbed ones."""
 
 import json
-import logging
 import os
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from engine import run, value_of
+from ray_nodes import disturbed, failures, nodes, undisturbed_digest
 from ray_stages import (
-    BEGUN,
     Nothing,
     Number,
+    deaf,
     gang_of_two,
     lazy_reader,
     reporting,
@@ -23,6 +24,7 @@ from ray_stages import (
     waiting_gang,
 )
 
+from ropewalk.infra.lease import Holder
 from ropewalk.infra.on_ray import RayExecutor
 from ropewalk.infra.record import read_events
 from ropewalk.infra.step import Pipeline, Resources, Retries, Step, UserError
@@ -36,69 +38,18 @@ SEAT = Resources(num_cpus=0, custom={"seat": 1})
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head with the driver's things, and room for a gang of two."""
-    from ray.cluster_utils import Cluster
-
-    saved = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
-    os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
-    head = {"num_cpus": 2, "include_dashboard": False, "resources": {"seat": 2}}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    yield cluster
-    cluster.shutdown()
-    for name, value in saved.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    with nodes() as cluster:
+        yield cluster
 
 
 @pytest.fixture
 def spots(cluster):
     """Two nodes that can be lost; each holds one step that asks for `spot`."""
-    nodes = [cluster.add_node(num_cpus=1, resources={"spot": 1}) for _ in range(2)]
-    yield nodes
-    for node in nodes:
+    found = [cluster.add_node(num_cpus=1, resources={"spot": 1}) for _ in range(2)]
+    yield found
+    for node in found:
         if node in cluster.list_all_nodes():
             cluster.remove_node(node)
-
-
-def disturbed(cluster, root, pipeline, disturb):
-    """A run during which `disturb(place)` is called once a stage has said where it is."""
-    executor = RayExecutor(pipeline, cluster.address)
-
-    def watch():
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            for path in Path(root).glob(f"work/*/*/{BEGUN}"):
-                text = path.read_text()
-                if text:
-                    disturb(json.loads(text), executor)
-                    return
-            time.sleep(0.05)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    result = run(pipeline, root, executor=executor)
-    watcher.join()
-    events = list(read_events(Store(root), result.run_id))
-    return result, events
-
-
-def undisturbed_digest(tmp_path, step):
-    """The digest of the step's output when nothing happens."""
-    folder = tmp_path / "undisturbed"
-    store = Store(folder)
-    attempt = store.begin("k", "a")
-    from ropewalk.infra.task import Output
-    from ropewalk.stages.context import LocalContext
-
-    work = tmp_path / "undisturbed-work"
-    work.mkdir()
-    (work / BEGUN).write_text("{}")
-    step.stage.run(step.config, {}, Output(attempt.data, attempt.observed), LocalContext(work))
-    return store.commit(attempt, {}, number=0).digest
-
-
-def failures(events):
-    return [(event["kind"], event["error"]) for event in events if event["type"] == "attempt_failed"]
 
 
 def points(events):
@@ -150,10 +101,10 @@ def test_a_gang_that_loses_a_preempted_node_runs_again_and_no_failure_is_counted
     seat = Resources(num_cpus=0, custom={"spot": 1})
     once = Retries(max_attempts=1, backoff_seconds=0.1)
     step = Step("s", waiting_gang, Nothing(), resources=WAITS, worker_resources=seat, retries=once)
+    spots.append(cluster.add_node(num_cpus=1, resources={"spot": 1}))
 
     def lose(place, executor):
         drain(cluster, place["node"])
-        spots.append(cluster.add_node(num_cpus=1, resources={"spot": 1}))
         time.sleep(notice_seconds)
         node = next(node for node in spots if node.node_id == place["node"])
         cluster.remove_node(node, allow_graceful=False)
@@ -171,7 +122,7 @@ def drain(cluster, node):
     from ray.core.generated import autoscaler_pb2
 
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline = int(time.time() * 1000) + 60_000
+    deadline = int(time.time() * 1000) + 20_000
     accepted, why = ray._raylet.GcsClient(address=cluster.address).drain_node(node, reason, "spot", deadline)
     assert accepted, why
     time.sleep(1)
@@ -208,7 +159,9 @@ def test_when_a_worker_of_map_dies_finished_shards_are_not_done_again(cluster, t
     assert [kind for kind, _ in failures(events)] == ["infrastructure"]
     assert result.steps[0].commit.digest == undisturbed_digest(tmp_path, step)
     squared = (tmp_path / "store" / "squared").read_text().split()
-    assert sorted(map(int, squared)) == list(range(12)), "each number exactly once over both attempts"
+    assert set(map(int, squared)) == set(range(12))
+    # Two workers: what the other one was at when the attempt ended may not have been finished.
+    assert len(squared) <= 12 + 1, "what was finished is not done again"
 
 
 def test_a_slow_reader_of_map_gets_results_in_order_and_holds_the_workers_back(cluster, tmp_path):
@@ -275,3 +228,28 @@ def test_a_step_waits_for_a_cluster_that_grows(cluster, tmp_path):
     running.join()
     cluster.remove_node(late)
     assert [result.status for result in results] == ["succeeded"]
+
+
+def test_a_lost_lease_ends_the_process_of_a_stage_that_does_not_listen(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_LEASE_SECONDS", "2")
+    monkeypatch.setenv("ROPEWALK_GRACE_SECONDS", "1")
+    store, ended = Store(tmp_path / "store"), []
+
+    def take_over(place, executor):
+        executor.cancel = lambda *arguments, **options: None  # The process is to end by itself.
+        (key,) = store.known_keys()
+        taken = Holder("b", "other", "far", "another", 1, None, 0.0, 60.0)
+        assert store.objects.create(f"objects/{key}/leases/000001.json", json.dumps(asdict(taken)).encode())
+        while Path(f"/proc/{place['pid']}").exists():
+            time.sleep(0.05)
+        ended.append(place["pid"])
+        attempt = store.begin(key, "b")
+        (attempt.data / "value.json").write_text("1")
+        store.commit(attempt, {"run_id": "other", "code": {}}, number=0)
+        store.objects.write(f"objects/{key}/leases/000001.beat", b'{"count": 0, "released": true}')
+
+    result, events = disturbed(cluster, tmp_path / "store", single(Step("s", deaf, Nothing())), take_over)
+    assert ended and result.steps[0].status == "reused", result
+    assert result.steps[0].reason == "committed by run other meanwhile"
+    assert [kind for kind, _ in failures(events)] == ["lease lost"]
+    assert store.next_number(result.steps[0].key) == 1

@@ -3,6 +3,8 @@
 import pytest
 from faults import invariants
 from faults.soak import Round, soak
+from faults.unreliable_server import sometimes, unreliable_server
+from object_store_server import new_bucket
 
 from ropewalk.infra.store import Store
 
@@ -16,10 +18,8 @@ def test_a_short_soak_breaks_no_invariant(capsys):
 
 
 @pytest.mark.faults
-def test_a_short_soak_on_an_object_store_breaks_no_invariant(capsys):
-    from object_store_server import new_bucket, object_store_server
-
-    with object_store_server():
+def test_a_short_soak_on_an_unreliable_object_store_breaks_no_invariant(capsys):
+    with unreliable_server(sometimes(0.01)):
         failed = soak(0.4, SEED, store=new_bucket(), round_seconds=18.0, num_drivers=2)
     assert failed == 0, capsys.readouterr().out
 

@@ -5,8 +5,13 @@ import os
 import signal
 
 import pytest
+from faults.invariants import processes_with
 from ray_cluster import two_nodes
 from submitting import Submitter, build_wheel, digests, statuses, wait_until
+
+from ropewalk.infra.lease import look
+from ropewalk.infra.record import read_events
+from ropewalk.infra.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -70,8 +75,17 @@ def test_killed_in_the_middle_and_submitted_again_it_ends_with_the_same_digests(
     wait_until(lambda: client.get_job_status(run_id).is_terminal(), "the job's end")
     shown = json.loads(user.command("status", "--json").stdout.splitlines()[-1])["runs"][0]
     assert (shown["status"], str(client.get_job_status(run_id))) == KILLS[kill]
+    # Nothing of the run is left, neither a process nor a lease.
+    wait_until(lambda: not processes_with("GATE", str(gate)), "the end of the run's processes")
+    assert look(Store(user.folder / "store").objects, key_of(user, run_id, "second")).is_free
     # What such a run wrote can still be read, and following it ends.
     assert "greeting" in user.command("logs", run_id, "second", "-f").stdout
     gate.unlink()
     again = user.submit()
     assert statuses(again) == {"first": "reused", "second": "ran"} and digests(again) == undisturbed
+
+
+def key_of(user, run_id, step):
+    """The key that a step of a run was started with."""
+    events = read_events(Store(user.folder / "store"), run_id)
+    return next(event["key"] for event in events if event["type"] == "step_started" and event["step"] == step)

@@ -1,55 +1,92 @@
-"""A training rank on Ray is killed between two checkpoints: weights, history and curves are those of a calm run."""
+"""Training on Ray is killed at a random step: weights, history and curves are those of a calm run."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from engine import run
-from ray_stages import killed_train
-from training_examples import config, counting_rows, write_rows, write_tokenizer
+from faults.training_driver import NUM_STEPS, pipeline
+from shown_runs import client_of, shown_points, shown_runs
 
+from ropewalk.infra import tracking
 from ropewalk.infra.on_ray import RayExecutor
 from ropewalk.infra.record import read_events
-from ropewalk.infra.step import External, Pipeline, Resources, Retries, Step
 from ropewalk.infra.store import Store
-from ropewalk.stages.training import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
-NUM_STEPS = 6
+DRIVER = Path(__file__).with_name("training_driver.py")
+CURVES = ("loss", "grad_norm", "learning_rate")
 
 
-@pytest.fixture
-def pipeline(tmp_path):
-    """The same training twice, once with a rank that dies before step 4; checkpoints are after 2 and 4."""
-    info = write_tokenizer(tmp_path / "tokenizer")
-    inputs = {
-        "rows": External(str(write_rows(tmp_path / "rows", counting_rows(40, 32), info))),
-        "tokenizer": External(str(tmp_path / "tokenizer")),
-    }
-    settings = config(zero_stage=3, phases=[{"rows": "rows", "num_steps": NUM_STEPS}])
-    execution = {"resources": Resources(num_cpus=0), "retries": Retries(backoff_seconds=0.1)}
-    calm = Step("calm", train, settings, inputs, **execution)
-    killed = Step("killed", killed_train, settings, inputs, **execution)
-    return Pipeline("training", (calm, killed))
-
-
-def test_a_killed_rank_costs_nothing_but_time(pipeline, tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def _own_cluster(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    result = run(pipeline, tmp_path / "store", executor=RayExecutor(pipeline))
-    assert result.status == "succeeded", result
-    calm, killed = (step.commit for step in result.steps)
-    assert calm.digest == killed.digest
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """The undisturbed run, on other hardware as it were: in this process's children."""
+    folder = tmp_path_factory.mktemp("calm")
+    result = run(pipeline(folder, "train"), folder / "store")
+    return folder, result.steps[0].commit
+
+
+def curve(root, run_id, step, name):
+    """What MLflow shows, by step; a point that is there twice would be here twice."""
+    client = client_of(root)
+    points = client.get_metric_history(shown_runs(client, run_id)[step].info.run_id, name)
+    return [(point.step, point.value) for point in points]
+
+
+def check_it_is_as_if_nothing_had_happened(calm, result, root, step):
+    folder, commit = calm
+    mine = result.steps[0].commit
+    assert mine.digest == commit.digest
     for name in ("model.safetensors", "training.jsonl"):
-        assert (calm.attempt.data / name).read_bytes() == (killed.attempt.data / name).read_bytes()
-
-    events = list(read_events(Store(tmp_path / "store"), result.run_id))
-    failed = [event for event in events if event["type"] == "attempt_failed"]
-    assert [(event["step"], event["kind"]) for event in failed] == [("killed", "infrastructure")], failed
-    for name in ("loss", "grad_norm", "learning_rate"):
-        assert curve(events, "killed", name) == curve(events, "calm", name)
-    assert [step for step, _ in curve(events, "killed", "loss")] == list(range(1, NUM_STEPS + 1))
-    logs = tmp_path / "store" / "runs" / result.run_id / "logs" / "killed"
-    assert any("resuming after step 2" in path.read_text() for path in logs.glob("*.rank0.log"))
+        assert (mine.attempt.data / name).read_bytes() == (commit.attempt.data / name).read_bytes()
+    (calm_run,) = (path.name for path in (folder / "store" / "runs").iterdir())
+    for store in (folder / "store", root):
+        tracking.sync(Store(store), result.run_id if store == root else calm_run)
+    for name in CURVES:
+        assert curve(root, result.run_id, step, name) == curve(folder / "store", calm_run, "train", name)
+    assert [number for number, _ in curve(root, result.run_id, step, "loss")] == list(range(1, NUM_STEPS + 1))
+    assert shown_points(client_of(root), result.run_id)
 
 
-def curve(events, step, name):
-    """Points of a step's metric over all of its attempts."""
-    metrics = [event for event in events if event["type"] == "metrics" and event["step"] == step]
-    return [(event["metric_step"], event["metrics"][name]) for event in metrics if name in event["metrics"]]
+def test_a_rank_killed_at_a_random_step_costs_nothing_but_time(calm, tmp_path):
+    at_step, root = random.randrange(NUM_STEPS), tmp_path / "store"
+    root.mkdir()
+    (root / "kill_at").write_text(str(at_step))
+    killed = pipeline(calm[0], "killed")
+    result = run(killed, root, executor=RayExecutor(killed))
+    assert result.status == "succeeded", (at_step, result)
+    failed = [event for event in read_events(Store(root), result.run_id) if event["type"] == "attempt_failed"]
+    assert [(event["step"], event["kind"]) for event in failed] == [("killed", "infrastructure")], (at_step, failed)
+    assert failed[0]["error"].startswith("WorkerDiedError: rank 1 died (process "), failed
+    assert len(failed[0]["error"]) < 200
+    check_it_is_as_if_nothing_had_happened(calm, result, root, "killed")
+    if at_step >= 2:
+        logs = (root / "runs" / result.run_id / "logs" / "killed").glob("*.rank0.log")
+        assert any(f"resuming after step {at_step // 2 * 2}" in path.read_text() for path in logs), at_step
+
+
+def test_a_driver_killed_in_the_middle_of_training_costs_nothing_but_time(calm, tmp_path):
+    root = tmp_path / "store"
+    driver = subprocess.Popen([sys.executable, str(DRIVER), str(calm[0]), str(root)], env=os.environ)
+    wanted = random.choice([2, 4])
+    while not list(root.glob(f"work/*/*/checkpoints/step-{wanted:06d}")):
+        assert driver.poll() is None, "it ended before it was killed"
+        time.sleep(0.005)
+    driver.kill()
+    driver.wait()
+    again = pipeline(calm[0], "train")
+    result = run(again, root, executor=RayExecutor(again))
+    assert result.status == "succeeded" and result.steps[0].status == "ran", result
+    logs = (root / "runs" / result.run_id / "logs" / "train").glob("*.rank0.log")
+    assert any("resuming after step" in path.read_text() for path in logs)
+    check_it_is_as_if_nothing_had_happened(calm, result, root, "train")

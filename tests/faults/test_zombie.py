@@ -12,7 +12,7 @@ from engine import run, statuses
 from faults import invariants
 from toy_stages import diamond, executions
 
-from ropewalk.infra.record import read_events
+from ropewalk.infra.record import read_events, run_ids
 from ropewalk.infra.store import Store
 
 DRIVER = Path(__file__).with_name("stoppable_driver.py")
@@ -53,6 +53,50 @@ def test_a_zombie_never_makes_a_second_commit(tmp_path, monkeypatch, store_uri, 
     assert list(invariants.broken_commits(store)) == []
     assert list(invariants.broken_leases(store, drivers_ended=True)) == []
     assert executions(tmp_path).count("parity") == 1
+
+
+def test_a_zombie_that_wakes_while_its_successor_works_discards_its_attempt(
+    tmp_path, monkeypatch, store_uri, elsewhere
+):
+    import toy_stages
+
+    monkeypatch.setenv("ROPEWALK_LEASE_SECONDS", "1")
+    command = [sys.executable, str(DRIVER), store_uri, "data written", "right"]
+    zombie = subprocess.Popen(command, env={**os.environ, **elsewhere}, stdout=subprocess.PIPE, text=True)
+    real = toy_stages.total.run
+
+    def wake_the_other_first(config, inputs, output, context):
+        if "a" in inputs:
+            zombie.send_signal(signal.SIGCONT)
+            until(lambda: endings(Store(store_uri), zombie_run) == ["lease lost"])
+        real(config, inputs, output, context)
+
+    monkeypatch.setattr(toy_stages.total, "run", staticmethod(wake_the_other_first))
+    try:
+        until(lambda: is_stopped(zombie.pid))
+        (zombie_run,) = run_ids(Store(store_uri))
+        result = run(diamond(), store_uri)
+        told, _ = zombie.communicate(timeout=30)
+    finally:
+        zombie.kill()
+    assert statuses(result)["right"] == "ran"
+    assert told == f"succeeded reused committed by run {result.run_id} meanwhile\n"
+    right, objects = result.steps[2], Store(store_uri).objects
+    assert objects.names(f"objects/{right.key}/attempts") == [right.commit.attempt.name]
+    assert objects.names(f"objects/{right.key}/commits") == ["000000.json"]
+
+
+def endings(store, run_id):
+    """How attempts of a run ended."""
+    store.pull_runs(at_once=True)
+    return [event["kind"] for event in read_events(store, run_id) if event["type"] == "attempt_failed"]
+
+
+def until(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 UNRULY = """

@@ -218,10 +218,3 @@ def test_records_are_brought_again_only_where_they_have_grown(machine, monkeypat
     assert (there.root / "runs" / "r1" / "events.jsonl").read_text() == "1\n2\n"
     store.pull_runs()
     assert not (Path(folder) / "run.json").exists() or (folder / "events.jsonl").read_text() == "1\n2\n"
-
-
-def test_a_record_that_would_leave_its_folder_is_not_brought(machine):
-    from ropewalk.infra.run_mirror import _is_wanted
-
-    store = machine("a")
-    assert not _is_wanted(store, "../../evil", set()) and not _is_wanted(store, "/evil", set())

@@ -84,6 +84,8 @@ def test_the_record_of_a_run_is_read_on_another_machine(bucket, elsewhere, tmp_p
     assert record.previous_step(there, "diamond", "last")["digest"] == result.steps[3].commit.digest
     (log,) = (here.root / "runs" / result.run_id / "logs" / "failing").iterdir()
     assert "the switch is on" in log.read_text()
+    assert not (there.root / log.relative_to(here.root)).exists(), "logs may be long; they are brought when asked for"
+    there.pull_runs(logs_of=result.run_id)
     assert (there.root / log.relative_to(here.root)).read_bytes() == log.read_bytes()
 
 

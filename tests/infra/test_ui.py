@@ -189,7 +189,7 @@ def test_what_cannot_be_shown_is_one_sentence(
 
 
 def test_a_store_without_runs_is_named_and_not_made(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there are no runs in .*/typo: "):
+    with pytest.raises(UserError, match=r"there are no runs in .*/typo: "):
         serve_ui(Store(tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
 

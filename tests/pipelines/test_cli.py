@@ -72,11 +72,16 @@ def first_run(home):
 def test_run_json_has_the_documented_shape(first_run):
     assert list(first_run) == ["run_id", "pipeline", "status", "mlflow_run_id", "steps"]
     assert first_run["pipeline"] == "doubling" and first_run["status"] == "succeeded"
-    assert first_run["mlflow_run_id"] is None or isinstance(first_run["mlflow_run_id"], str)
     for step in first_run["steps"]:
         assert list(step) == ["name", "status", "key", "output", "seconds", "reason"]
         assert step["status"] == "ran" and len(step["key"]) == 64 and set(step["output"]) == {"uri", "digest"}
     assert json.loads((Path(first_run["steps"][1]["output"]["uri"]) / "v.json").read_text()) == 6
+
+
+def test_a_run_tells_its_id_in_mlflow_if_mlflow_has_it_already_and_sync_tells_it_in_any_case(home, first_run):
+    synced = last_json(ropewalk(home, "sync", first_run["run_id"], "--json"))
+    assert isinstance(synced["mlflow_run_id"], str)
+    assert first_run["mlflow_run_id"] in (None, synced["mlflow_run_id"])
 
 
 def test_a_second_run_reuses_everything(home, first_run):
