@@ -55,9 +55,12 @@ def adopt(store: Store, source: str, name: str, external: External, *, copy: boo
     """
     if not NAME.fullmatch(name):
         raise UserError(f"--name {name}: must be letters, digits, '-', '_' and '.', and begin with a letter or digit")
-    document = (
-        _hub_document(external, source) if source.startswith("hf://") else _path_document(store, external, source)
-    )
+    if source.startswith("hf://"):
+        document = _hub_document(external, source)
+    elif "://" in source:
+        raise UserError(f'{source}: pipelines name it themselves, as External("{source}"); files and hf:// are adopted')
+    else:
+        document = _path_document(store, external, source)
     if copy:
         document = _copied(store, name, document)
     newest = _numbers(store, name)[-1:]

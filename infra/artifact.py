@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from ropewalk.infra.objects import file_sha256, sync_file, sync_folder
 
 PARTS = ("data", "observed")
 INSIDE = tuple(f"{part}/" for part in PARTS)
+UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and what Python makes of bytes that are no text."""
 Entry = dict[str, Any]
 """A file: `path` relative to the attempt's folder, `size` in bytes, `sha256` in hex."""
 
@@ -95,7 +98,7 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
             raise StoreError(f"{top}: only files and folders can be committed, and this must be a folder")
         for path, folders, names, handle in os.fwalk(top, onerror=_raise):
             for name in (*folders, *names):
-                if not name.isprintable():
+                if UNUSABLE.search(name):
                     # Not every place to store has them, and a name that is no text has no place in JSON.
                     where = repr(f"{path}/{name}")
                     raise StoreError(f"{where}: control characters and bytes that are no text cannot be in a name")

@@ -45,6 +45,7 @@ def set_environment(environment: dict[str, str] | None = None) -> dict[str, str]
     target.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     target.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     target.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    target.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # Of artifacts that go to S3 without the server's help.
     target.setdefault("AWS_MAX_ATTEMPTS", "2")
     target["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"

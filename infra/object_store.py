@@ -26,7 +26,7 @@ from obstore.store import from_url
 
 from ropewalk.infra.artifact import num_threads
 from ropewalk.infra.key import sha256_hex
-from ropewalk.infra.objects import file_sha256
+from ropewalk.infra.objects import file_sha256, naming
 from ropewalk.infra.step import UserError
 
 CHUNK_BYTES = 8 << 20
@@ -44,6 +44,7 @@ PART_SECONDS = 300
 CREATE_TRIES = 10
 _NO_ANSWER = re.compile(r"HTTP error|status code: (5\d\d|429)|error decoding response|timed out", re.IGNORECASE)
 """Of a request that was sent again until it was given up: not the store says no, but the way to it or its load."""
+_NOT_ALLOWED = re.compile(r"status code: (401|403)")
 _IDENTITY = re.compile(r"169\.254\.169\.254|/latest/api/token|metadata\.google\.internal|/metadata/identity")
 """Of a request to the service from which a machine in a cloud has its identity: asked where nothing else is set."""
 NO_CREDENTIALS = (
@@ -200,7 +201,7 @@ class ObjectStoreObjects:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         digest = hashlib.sha256()
         try:
-            with temporary.open("wb") as file:
+            with naming(path), temporary.open("wb") as file:
                 for chunk in self._chunks(name, size):
                     file.write(chunk)
                     digest.update(chunk)
@@ -229,9 +230,10 @@ class ObjectStoreObjects:
                 raise OSError(f"{self._bucket}: there is no such bucket") from None
             raise FileNotFoundError(f"{self.uri}/{name}: there is no such object") from None
         except (PermissionDeniedError, UnauthenticatedError) as error:
-            what = f"the credentials of this machine do not allow it ({_code(error)})"
-            raise PermissionError(f"{self.uri}/{name}: {what}") from None
+            raise PermissionError(_not_allowed(f"{self.uri}/{name}", error)) from None
         except BaseError as error:
+            if _NOT_ALLOWED.search(str(error)):  # Of a listing, which the client does not know for one.
+                raise PermissionError(_not_allowed(f"{self.uri}/{name}", error)) from None
             if "NoSuchBucket" in str(error):
                 raise OSError(f"{self._bucket}: there is no such bucket") from None
             what = NO_CREDENTIALS if _IDENTITY.search(str(error)) else _first_line(error)
@@ -254,10 +256,10 @@ def _is_there(path: Path, size: int, sha256: str | None, checked_at: float | Non
     return is_untouched or sha256 in (None, file_sha256(path))
 
 
-def _code(error: BaseException) -> str:
-    """The store's own word for a refusal, such as AccessDenied."""
+def _not_allowed(place: str, error: BaseException) -> str:
+    """A refusal with the store's own word for it, such as AccessDenied."""
     match = re.search(r"<Code>(\w+)</Code>", str(error))
-    return match[1] if match else _first_line(error)
+    return f"{place}: the credentials of this machine do not allow it ({match[1] if match else _first_line(error)})"
 
 
 def _first_line(error: BaseException) -> str:

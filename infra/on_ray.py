@@ -21,7 +21,7 @@ from ropewalk.infra.ray_errors import died
 from ropewalk.infra.ray_resources import draining_nodes, ray_options, require_room
 from ropewalk.infra.ray_shipping import Shipped, remote
 from ropewalk.infra.step import Step
-from ropewalk.infra.task import Outcome, Task, run_logged
+from ropewalk.infra.task import Outcome, Task, run_logged, sentence
 
 BUS_PATIENCE_SECONDS = 10.0
 DRAIN_LOOK_SECONDS = 1.0
@@ -186,10 +186,7 @@ class RayExecutor:
             outcome, kept = ray.get(reference)
         except RayError as error:
             self._ended.add(task.attempt)
-            death = died(error, "its process")
-            kind = "cancelled" if running.kill_at is not None else classify(death)
-            outcome = Outcome(task.step, task.attempt, 0.0, error=str(death), kind=kind)
-            _add_to_log(task, error)
+            outcome = _lost(running, error)
         else:
             self._deliver(running, kept, report)
         self._inbox.forget(task.attempt)
@@ -204,11 +201,17 @@ class RayExecutor:
             self._drains_seen_at = time.monotonic()
 
 
-def _add_to_log(task: Task, error: Exception) -> None:
-    """Leave Ray's own account of a death with what the process wrote before it."""
+def _lost(running: _Running, error: Exception) -> Outcome:
+    """The end of a process that did not tell it itself. Ray's own account goes where the process wrote before it."""
+    task = running.task
     if task.store.is_local:
         with contextlib.suppress(OSError), Path(task.log_path).open("a", encoding="utf-8") as log:
             log.write(f"{type(error).__name__}: {error}\n")
+    kind = "cancelled" if running.kill_at is not None else classify(error)
+    # What was raised before its stage could begin: a module that is not there, say.
+    cause = getattr(error, "cause", None)
+    said = f"its process could not begin: {sentence(cause)}" if cause else str(died(error, "its process"))
+    return Outcome(task.step, task.attempt, 0.0, error=said, kind=kind)
 
 
 def _run_in_worker(shipped: Shipped, bus: Any, wait_seconds: float) -> tuple[Outcome, dict[str, list[Message]]]:

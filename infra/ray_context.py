@@ -62,11 +62,12 @@ class RayContext:
 
         The workers start together or not at all: a gang waits until the cluster has room for all of it.
         """
+        wanted: Resources = resources or self._task.worker_resources
+        self._report({"type": "workers_queued", "workers": in_words(wanted, num_workers)})
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        wanted: Resources = resources or self._task.worker_resources
         require_room(f"step {self._task.step}", wanted, num_workers, self._wait_seconds, self.cancelled)
         name = f"{self._task.attempt}-{next(self._gangs)}"
         results = remote(_Results, {"num_cpus": 0}).remote()
@@ -87,7 +88,6 @@ class RayContext:
             ),
             torch_config=TorchConfig(backend="nccl" if wanted.num_gpus > 0 else "gloo"),
         )
-        self._report({"type": "workers_queued", "workers": in_words(wanted, num_workers)})
         try:
             trainer.fit()
         except Exception as error:  # noqa: BLE001 - raised again as its cause

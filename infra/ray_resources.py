@@ -79,7 +79,9 @@ def _missing(wanted: Mapping[str, float], num_processes: int, have: int) -> str:
 def in_words(resources: Resources, num_processes: int) -> str:
     """Processes and what each needs, as people say it."""
     each = _all_in_words(ray_needs(resources))
-    return f"{num_processes} worker{'s' * (num_processes > 1)}" + (f" with {each} each" if each else "")
+    if num_processes == 1:
+        return "1 worker" + (f" with {each}" if each else "")
+    return f"{num_processes} workers" + (f" with {each} each" if each else "")
 
 
 def _all_in_words(needs: Mapping[str, float]) -> str:

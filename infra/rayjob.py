@@ -189,8 +189,10 @@ def check_against_crd(document: Mapping[str, Any], crd_path: Path) -> None:
         crd = yaml.safe_load(crd_path.read_text(encoding="utf-8"))
         versions = {version["name"]: version["schema"]["openAPIV3Schema"] for version in crd["spec"]["versions"]}
         schema = versions[document["apiVersion"].rpartition("/")[2]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"--crd {crd_path}: this is no CRD file of {document['kind']} v1 ({error!r})") from None
+    except OSError as error:
+        raise UserError(f"--crd {crd_path}: {error.strerror}; name the file of the CustomResourceDefinition") from None
+    except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        raise UserError(f"--crd {crd_path}: this is no CustomResourceDefinition of {document['kind']} v1") from None
     if crd["spec"]["names"]["kind"] != document["kind"]:
         raise UserError(f"--crd {crd_path}: this file defines {crd['spec']['names']['kind']}, not {document['kind']}")
     # Kubernetes' schemas are of the age in which `exclusiveMinimum` was a switch.

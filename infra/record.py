@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -54,6 +55,11 @@ from ropewalk.infra.store import Store
 RECORDED_PACKAGES = ("ropewalk", "torch", "transformers", "ray", "deepspeed", "mlflow", "pyarrow", "datasets", "bm25s")
 
 
+def is_run_id(text: str) -> bool:
+    """Whether a text can be a run id: it is the name of a folder."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) is not None
+
+
 def new_run_id() -> str:
     """A run id that sorts by time, also among the runs of one second."""
     now = time.time()
@@ -70,6 +76,8 @@ class RunRecord:
         self, store: Store, pipeline: str, request: Mapping[str, Any] | None = None, run_id: str | None = None
     ) -> None:
         self.run_id = run_id or new_run_id()
+        if not is_run_id(self.run_id):
+            raise UserError(f"--run-id {self.run_id}: must be letters, digits, '-', '_' and '.'; leave the option out")
         self.folder = store.root / "runs" / self.run_id
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "run.json").exists():
@@ -143,7 +151,7 @@ def read_run(store: Store, run_id: str) -> dict[str, Any]:
     """What a run was asked for. Raises UserError for an unknown run."""
     store.pull_runs()
     path = store.root / "runs" / run_id / "run.json"
-    if not path.is_file():
+    if not is_run_id(run_id) or not path.is_file():
         raise UserError(unknown("run", run_id, run_ids(store)[:5]))
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -102,7 +102,7 @@ class RunMirror:
         start, end = self._sent.get(name, (0, 0))
         size = path.stat().st_size
         with path.open("rb") as file:
-            while end < size:
+            while end < size or name not in self._sent:
                 if end - start >= PIECE_BYTES:
                     start = end
                 file.seek(start)

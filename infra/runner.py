@@ -13,11 +13,11 @@ from ropewalk.infra.external import external_uri
 from ropewalk.infra.failures import Tries, classify
 from ropewalk.infra.journal import Journal, OnEvent
 from ropewalk.infra.lease import Stamp, Watch, settings
+from ropewalk.infra.open_step import OpenStep
 from ropewalk.infra.plan import Planner, StepPlan
 from ropewalk.infra.record import RunRecord, run_started
 from ropewalk.infra.results import RunResult, StepResult
 from ropewalk.infra.scrub import scrub
-from ropewalk.infra.series import Series
 from ropewalk.infra.step import Pipeline, Step, UserError
 from ropewalk.infra.store import Commit, Store, StoreError, new_attempt_name
 from ropewalk.infra.task import Outcome, make_task
@@ -39,28 +39,6 @@ class RunPolicy:
 
 
 @dataclass
-class _Open:
-    """A step that has to run and has not ended."""
-
-    step: Step
-    plan: StepPlan
-    key: str
-    watch: Watch
-    tries: Tries
-    attempt: str | None = None
-    """The attempt under way."""
-    lost_lease: bool = False
-    """Whether the attempt under way has told so: then it matters no more how it ends."""
-    ended: set[str] = field(default_factory=set)
-    """Attempts of this run that are over."""
-    due: float = 0.0
-    """When to try, or look at the lease, next."""
-    waited_for: set[str] = field(default_factory=set)
-    """Attempts of other runs that held the lease."""
-    series: Series = field(default_factory=Series)
-
-
-@dataclass
 class Runner:
     """One run of a pipeline. `execute` does it."""
 
@@ -79,7 +57,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._plans: dict[str, StepPlan] = {}
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenStep] = {}
         self._failed: str | None = None
         self._started = False
         self._journal = Journal(self.record, self.on_event)
@@ -184,7 +162,7 @@ class Runner:
             self._skip(step, "not selected")
         else:
             watch = Watch(self.store.objects, plan.key, self.clock)
-            self._open[step.name] = _Open(step, plan, plan.key, watch, Tries(step.retries, self.random))
+            self._open[step.name] = OpenStep(step, plan, plan.key, watch, Tries(step.retries, self.random))
 
     def _undecidable(self, step: Step, error: Exception) -> None:
         """The store does not answer, or an external input is gone: what runs already is not to suffer from it."""
@@ -193,7 +171,7 @@ class Runner:
         facts = {"key": None, "attempt": None, "seconds": 0.0, "num_failed": 0, "num_preempted": 0}
         self._journal.event({"type": "step_failed", "step": step.name, "kind": classify(error), "error": text, **facts})
 
-    def _try(self, open_step: _Open) -> None:
+    def _try(self, open_step: OpenStep) -> None:
         """Start an attempt if it is due, there is room and nobody else works on the key."""
         most = self.policy.max_parallel_steps
         if open_step.due > self.clock() or (most is not None and self._num_running() >= most):
@@ -215,12 +193,12 @@ class Runner:
             open_step.plan = replace(open_step.plan, commit_number=number)
             self._start_unless_changed(open_step, stamp)
 
-    def _committed(self, open_step: _Open) -> Commit | None:
+    def _committed(self, open_step: OpenStep) -> Commit | None:
         """The output, if another run has committed it since the step was decided."""
         commit, _ = self.store.latest(open_step.key)
         return commit if commit is not None and commit.number >= open_step.plan.commit_number else None
 
-    def _locked(self, open_step: _Open) -> None:
+    def _locked(self, open_step: OpenStep) -> None:
         """Another run works on the key: do as the policy says. Waiting occupies nothing."""
         holder, step = open_step.watch.holder, open_step.step
         assert holder is not None
@@ -236,7 +214,7 @@ class Runner:
                 event = {"type": "step_waiting", "step": step.name, "key": open_step.key, "holder": str(holder)}
                 self._journal.event({**event, "reason": reason})
 
-    def _start_unless_changed(self, open_step: _Open, stamp: Stamp) -> None:
+    def _start_unless_changed(self, open_step: OpenStep, stamp: Stamp) -> None:
         """Start an attempt, if outside data is still what the key says; else the step is decided anew."""
         step = open_step.step
         try:
@@ -249,7 +227,7 @@ class Runner:
         else:
             self._start(open_step, stamp, uris)
 
-    def _start(self, open_step: _Open, stamp: Stamp, external_uris: dict[str, str]) -> None:
+    def _start(self, open_step: OpenStep, stamp: Stamp, external_uris: dict[str, str]) -> None:
         step, plan, attempt = open_step.step, open_step.plan, new_attempt_name()
         if not self._started:
             self._started = True
@@ -296,7 +274,7 @@ class Runner:
         else:
             self._try_again(open_step, outcome)
 
-    def _complete(self, open_step: _Open, outcome: Outcome, commit: Commit) -> None:
+    def _complete(self, open_step: OpenStep, outcome: Outcome, commit: Commit) -> None:
         if commit.attempt.name != outcome.attempt:
             self._adopt(open_step, commit)
             return
@@ -307,7 +285,7 @@ class Runner:
         event = {"type": "step_succeeded", "output": output, "reason": plan.reason, "seconds": outcome.seconds}
         self._journal.event({**event, "step": step.name, "key": plan.key, "attempt": outcome.attempt})
 
-    def _adopt(self, open_step: _Open, commit: Commit) -> None:
+    def _adopt(self, open_step: OpenStep, commit: Commit) -> None:
         """Use the output that another run, or an attempt that had been given up, has committed meanwhile."""
         self._remember(open_step.step, commit)
         self._reuse(open_step.step, commit, f"committed by run {commit.record.get('run_id')} meanwhile")
@@ -321,7 +299,7 @@ class Runner:
         self._close(StepResult(step.name, "skipped", reason=reason))
         self._journal.event({"type": "step_skipped", "step": step.name, "reason": reason})
 
-    def _try_again(self, open_step: _Open, outcome: Outcome) -> None:
+    def _try_again(self, open_step: OpenStep, outcome: Outcome) -> None:
         """Wait for the holder that came between, or for the next attempt; or fail, if there is none."""
         if outcome.kind == "locked":
             return
@@ -330,21 +308,16 @@ class Runner:
             self._fail(open_step, outcome)
             return
         open_step.due = self.clock() + seconds
-        failure = self._failure(open_step, outcome)
-        self._journal.event({"type": "attempt_failed", "retry_in_seconds": seconds, **failure})
+        told = {"type": "attempt_failed", "retry_in_seconds": seconds}
+        self._journal.event({**told, **open_step.failure(outcome)})
 
-    def _fail(self, open_step: _Open, outcome: Outcome) -> None:
-        step, failure = open_step.step, self._failure(open_step, outcome)
+    def _fail(self, open_step: OpenStep, outcome: Outcome) -> None:
+        step, failure = open_step.step, open_step.failure(outcome)
         self._failed = step.name
         self._close(StepResult(step.name, "failed", open_step.key, None, outcome.seconds, failure["error"]))
         document = {"run_id": self.record.run_id, "identity": open_step.plan.document, **failure}
         self._journal.write(f"failures/{step.name}.json", document)
         self._journal.event({"type": "step_failed", **failure})
-
-    def _failure(self, open_step: _Open, outcome: Outcome) -> dict[str, Any]:
-        ended = {"seconds": outcome.seconds, "kind": outcome.kind, "error": outcome.error or "failed"}
-        counts = {"num_failed": open_step.tries.failed, "num_preempted": open_step.tries.preempted}
-        return {"step": outcome.step, "key": open_step.key, "attempt": outcome.attempt, **ended, **counts}
 
     def _close(self, result: StepResult) -> None:
         """A step has ended."""
@@ -384,7 +357,7 @@ class Runner:
             found[slot] = {"uri": external.path, "digest": plan.document["externals"][slot], "step": None}
         return found
 
-    def _external_uris(self, open_step: _Open) -> dict[str, str] | None:
+    def _external_uris(self, open_step: OpenStep) -> dict[str, str] | None:
         """By slot, what outside data is found by on any machine; None if some is not what the key says."""
         assert open_step.plan.document is not None
         digests, found = open_step.plan.document["externals"], {}

@@ -77,7 +77,8 @@ class Store:
             self.objects = self._remote = remote
             self.root = scratch_folder(remote.uri)
         else:
-            raise UserError(f"--store {text}: a store is a local folder, or begins with s3://, gs:// or az://")
+            shown = re.sub(r"[^/]*@", "", text).partition("?")[0]  # Without what may be a password.
+            raise UserError(f"--store {shown}: a store is a local folder, or begins with s3://, gs:// or az://")
 
     @property
     def uri(self) -> str:
@@ -275,10 +276,15 @@ class Store:
         folder = f"objects/{commit.key}/attempts/{commit.attempt.name}"
         entries = data_files(commit.record["files"])
         problems = self.problems(commit) if self.is_local else []
-        problems = problems or self.bring(folder, entries, since=commit.record["committed_at"])
+        problems = problems or self.bring(folder, entries, since=self._made_at(commit))
         if problems:
             raise StoreError(f"{problems[0]}; `ropewalk verify --repair` lets the next run make it again")
         return commit.attempt.data
+
+    def _made_at(self, commit: Commit) -> float:
+        """When a commit was made, by the clock that files are touched by: that of a writer may be ahead of it."""
+        path = self.root / "objects" / commit.key / "commits" / f"{commit.number:06d}.json"
+        return min(commit.record["committed_at"], path.stat().st_ctime if self.is_local else float("inf"))
 
     def bring(self, folder: str, entries: list[dict[str, Any]], *, since: float) -> list[str]:
         """Make sure that files of a folder, given by path, size and sha256, are on this machine, as they are given.

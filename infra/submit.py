@@ -89,7 +89,7 @@ def submit_job(
     Args:
         job: Where it goes and what it is called.
         command: What its driver runs.
-        store: The store, if it is a folder of this machine; the job is then recorded there before it starts.
+        store: The store, if this machine has its folder or scratch folder; the job is noted there before it starts.
         code: Folders of the wheel, as `unpack_wheel` lays them out.
         working_dir: Holds the pipeline file and its modules, if the pipeline is a file.
         variables: Environment of the driver and of all its workers.
@@ -251,9 +251,10 @@ async def _log_from(client: Any, submission_id: str, position: int) -> AsyncIter
 def _end(details: Any) -> JobEnd | None:
     if not details.status.is_terminal():
         return None
-    # One line about the job, and after it the last part of the driver's log, which ends with its own complaint.
+    # One line about the job, and after it the last part of the driver's log, with its own complaint.
     lines = scrub_text(details.message or "").strip().split("\n")
-    message = lines[-1].removeprefix("ropewalk: ") if lines[-1].startswith("ropewalk: ") else lines[0]
+    complaint = next((line for line in reversed(lines) if line.startswith("ropewalk: ")), lines[0])
+    message = complaint.removeprefix("ropewalk: ")
     if details.status == "SUCCEEDED":
         return JobEnd("succeeded", message)
     cancelled = details.status == "STOPPED" or details.driver_exit_code == 130

@@ -31,6 +31,9 @@ Interrupt = Callable[[], None]
 MakeContext = Callable[["Task", Path, Report, Stop], Any]
 """Builds what a stage is given as `context` from the task, its work folder, where events go, and whether to stop."""
 
+UNDERSTOOD_ALONE = {"ValueError", "UserError", "StoreError", "WorkerDiedError"}
+"""Errors whose message says all."""
+
 
 class StoppedError(Exception):
     """The stage ended because it was asked to; what it wrote is not its output."""
@@ -263,7 +266,7 @@ def sentence(error: BaseException) -> str:
     last = text.splitlines()[-1] if text else ""
     if not text:
         return type(error).__name__
-    if type(error).__name__ in {"ValueError", "UserError", "StoreError"} and "\n" not in text:
+    if type(error).__name__ in UNDERSTOOD_ALONE and "\n" not in text:
         return text
     return f"{type(error).__name__}: {last}"
 

@@ -70,7 +70,7 @@ class Tracker:
             where = scrub_text(self.tracking_uri)
             raise TrackingError(f"MLflow at {where} does not take run {self.run_id}: {_brief(error)}") from error
 
-    def follow(self, when_idle: Callable[[], None] = lambda: None) -> None:
+    def follow(self, when_idle: Callable[[], object] = lambda: None) -> None:
         """Write events as they come until the run has ended. Raises TrackingError if MLflow stays away for too long.
 
         `when_idle` is called now and then when there is nothing to write.

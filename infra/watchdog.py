@@ -116,7 +116,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def signals(self, num_running: Callable[[], int]) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks running steps to save and stop, the second stops them at once.
+        """The first Ctrl-C, SIGTERM or SIGHUP asks running steps to save and stop, the second stops them at once.
 
         Where nothing runs, the first one ends the run by KeyboardInterrupt; should stopping hang, the third one does.
         """
@@ -132,7 +132,9 @@ class Watchdog:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        saved = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        # The end of the terminal counts as well, unless the user has asked for the opposite (nohup).
+        hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+        saved = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
         try:
             yield
         finally:

@@ -20,7 +20,8 @@ from typing import Any, get_type_hints
 import typer
 from pydantic import ValidationError
 
-from ropewalk.infra.step import UserError, first_problem
+from ropewalk.infra.settings import first_problem
+from ropewalk.infra.step import UserError
 from ropewalk.pipelines.options import DebugOption, default_of
 from ropewalk.pipelines.output import emit, nobody_reads, prepare_streams, silence
 

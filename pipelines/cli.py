@@ -20,10 +20,10 @@ from ropewalk.pipelines.options import (
     ExecutorOption,
     JobAddressOption,
     JsonOption,
+    OptionalRunArgument,
     OptionalStepArgument,
     PipelineOptions,
     PolicyOptions,
-    OptionalRunArgument,
     RunArgument,
     SelectionOptions,
     SettingOptions,
@@ -215,11 +215,9 @@ def sync(
     as_json: JsonOption = False,
 ) -> int:
     """Bring MLflow up to date with the record of a run, or of all."""
-    from ropewalk.pipelines.tracking_commands import sync_all_runs, sync_run
+    from ropewalk.pipelines.tracking_commands import sync_runs
 
-    if all_runs and run_id:
-        raise UserError("sync takes a RUN or --all, not both")
-    return sync_all_runs(store, as_json) if all_runs else sync_run(store, run_id or "last", as_json)
+    return sync_runs(store, run_id, all_runs=all_runs, as_json=as_json)
 
 
 @command(STORE, "ropewalk verify quickstart --deep --repair")

@@ -5,6 +5,8 @@ A completer never fails: whatever goes wrong while the command line is half type
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -20,9 +22,11 @@ def _offer(find: Callable[[dict[str, Any], str], Iterator[str]]) -> Completer:
 
     @wraps(find)
     def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        unheard = io.StringIO()  # What a user's file prints when it is imported is no answer.
         try:
-            return [name for name in find(_given(ctx), incomplete) if name.startswith(incomplete)]
-        except Exception:  # noqa: BLE001 - a TAB must never print a traceback
+            with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
+                return [name for name in find(_given(ctx), incomplete) if name.startswith(incomplete)]
+        except (Exception, SystemExit):  # noqa: BLE001 - a TAB must never print a traceback
             return []
 
     complete.__annotations__ = {"ctx": typer.Context, "incomplete": str, "return": list[str]}
@@ -73,17 +77,15 @@ def steps(params: dict[str, Any], incomplete: str) -> Iterator[str]:
 @_offer
 def runs(params: dict[str, Any], incomplete: str) -> Iterator[str]:
     """`last`, and the run ids of the store."""
-    from ropewalk.infra.record import run_ids
-
     yield "last"
-    yield from run_ids(_store(params))
+    yield from _run_ids(_store(params))
 
 
 @_offer
 def settings(params: dict[str, Any], incomplete: str) -> Iterator[str]:
     """`step.field=` for every field of every step's config."""
     for step in _loaded(params):
-        yield from (f"{step.name}.{field}=" for field in type(step.config).model_fields)
+        yield from (f"{step.name}.{field}=" for field in _fields(step.config))
 
 
 @_offer
@@ -101,6 +103,21 @@ def _places(incomplete: str) -> Iterator[tuple[str, Path]]:
         yield (f"{folder}/{path.name}" if "/" in incomplete else path.name), path
 
 
+def _fields(config: Any) -> Iterator[str]:
+    """Names of fields, those of inner configs with the way to them."""
+    for name in type(config).model_fields:
+        inner = getattr(config, name)
+        if hasattr(type(inner), "model_fields"):
+            yield from (f"{name}.{field}" for field in _fields(inner))
+        else:
+            yield name
+
+
+def _run_ids(store: Any) -> list[str]:
+    """Runs that this machine knows of, newest first; a TAB does not wait for an object store."""
+    return sorted((path.parent.name for path in (store.root / "runs").glob("*/run.json")), reverse=True)
+
+
 def _loaded(params: dict[str, Any]) -> Any:
     from ropewalk.pipelines.load import load_pipeline
 
@@ -108,10 +125,10 @@ def _loaded(params: dict[str, Any]) -> Any:
 
 
 def _steps_of_run(params: dict[str, Any]) -> Iterator[str]:
-    from ropewalk.infra.record import read_events, run_ids
+    from ropewalk.infra.record import read_events
 
     store = _store(params)
-    run_id = run_ids(store)[0] if params["run_id"] == "last" else params["run_id"]
+    run_id = _run_ids(store)[0] if params["run_id"] == "last" else params["run_id"]
     started = next(event for event in read_events(store, run_id) if event["type"] == "run_started")
     yield from (step["name"] for step in started["steps"])
 

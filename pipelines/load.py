@@ -17,7 +17,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ropewalk.infra.step import Pipeline, UserError, first_problem, unknown
+from ropewalk.infra.settings import first_problem, with_settings
+from ropewalk.infra.step import Pipeline, UserError, unknown
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load_pipeline(target: str, parameters: Sequence[str] = (), settings: Sequenc
         pipeline = build(**arguments)
     if not isinstance(pipeline, Pipeline):
         raise UserError(f"{target}: pipeline() returned {type(pipeline).__name__}, not a Pipeline")
-    return Loaded(pipeline.with_settings(settings), paths)
+    return Loaded(with_settings(pipeline, settings), paths)
 
 
 def pipeline_parameters(target: str) -> list[str]:

@@ -163,7 +163,9 @@ def as_arguments(group: Any) -> list[str]:
     for each in fields(group):
         option, value = hints[each.name].__metadata__[0], getattr(group, each.name)
         if isinstance(option, typer.models.OptionInfo) and value != default_of(each):
-            flag = (option.param_decls or (f"--{each.name.replace('_', '-')}",))[0].partition("/")[0]
+            # typer keeps the first name where the default is when it stands alone.
+            given = [name for name in (option.default, *(option.param_decls or ())) if isinstance(name, str)]
+            flag = (given or [f"--{each.name.replace('_', '-')}"])[0].partition("/")[0]
             values = value if isinstance(value, list) else [value]
             words += [flag] if value is True else [word for one in values for word in (flag, str(one))]
     return words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -49,21 +50,33 @@ def console_on(stream: TextIO | None = None) -> Console:
 def lasting_console(stream: TextIO) -> Console:
     """A console on a stream, also while the local executor sends all output of this process to a step's log.
 
-    A run goes on when nobody reads any more what it shows (`ropewalk run ... | head`).
+    A run goes on when nobody reads any more what it shows: its pipe or its terminal was closed.
     """
     from rich.console import Console
-
-    class Lasting(Console):
-        def on_broken_pipe(self) -> None:
-            self.quiet = True
-            silence(self.file)
 
     try:
         handle = os.dup(stream.fileno())
     except OSError:  # A stream without a file: nothing can be redirected either.
-        return _sized(Lasting(file=stream))
-    copy = os.fdopen(handle, "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
-    return _sized(Lasting(file=copy))
+        return _sized(Console(file=stream))
+    copy = _Lasting(os.fdopen(handle, "wb"), stream.encoding, stream.errors, line_buffering=True)
+    return _sized(Console(file=copy))
+
+
+class _Lasting(io.TextIOWrapper):
+    """Text that goes nowhere once it cannot be written."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            silence(self)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            silence(self)
 
 
 def _sized(console: Console) -> Console:

@@ -16,6 +16,8 @@ from ropewalk.infra.store import Store
 
 UNFINISHED = {"alive": "running", "dead": "killed"}
 ENDED = {"step_reused": "reused", "step_succeeded": "ran", "step_failed": "failed", "step_skipped": "skipped"}
+UNDER_WAY = {"running": "running", "workers_queued": "queued", "workers_started": "running"}
+"""What events say of a step that has neither ended nor failed."""
 NOT_BEGUN = "not begun"
 METRICS = '"type": "metrics"'
 
@@ -62,7 +64,7 @@ def find_run(store: Store, run_id: str, *, submitted: bool = False) -> str:
 
 def has_begun(store: Store, run_id: str) -> bool:
     """Whether a run's driver has written what it was asked for."""
-    return (store.root / "runs" / run_id / "run.json").is_file()
+    return record.is_run_id(run_id) and (store.root / "runs" / run_id / "run.json").is_file()
 
 
 def rows(store: Store) -> list[dict[str, Any]]:
@@ -128,8 +130,10 @@ def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], logs: Path) 
         return
     if kind == "step_started":
         facts = {key: event[key] for key in ("key", "attempt", "inputs", "reason")}
-        step.update(status="running", log=str(logs / event["step"] / f"{event['attempt']}.log"), **facts)
+        step.update(status="queued", log=str(logs / event["step"] / f"{event['attempt']}.log"), **facts)
         step["attempts"].append({"attempt": event["attempt"]})
+    elif kind in UNDER_WAY:
+        step["status"] = UNDER_WAY[kind]
     elif kind == "step_waiting":
         step.update(status="waiting", reason=event["reason"])
     elif kind in ("attempt_failed", "step_failed") and step["attempts"]:

@@ -106,7 +106,9 @@ def submit_pipeline(asked: Asked, *, address: str, wait: bool, wheel: Path | Non
             console.print("building the wheel of this code", **PLAIN)
         code = unpack_wheel(Path(scratch) / "wheel", wheel)
         working_dir = _working_dir(file, Path(scratch) / "pipeline")
-        store = Store(store_uri) if same_machine else None
+        store = Store(store_uri)
+        if store.is_local and not same_machine:
+            store = None  # A folder that the nodes share; whether this machine sees it is not known.
         try:
             submit.submit_job(job, command, store=store, code=code, working_dir=working_dir, variables=environment)
         except KeyboardInterrupt:
@@ -199,12 +201,12 @@ def _cancel(job: submit.Job) -> str:
 
 
 def _result(line: str) -> dict[str, Any]:
-    """The driver's own result; empty if it came to none."""
+    """What the driver itself ended with: its result or error; empty if it came to neither."""
     try:
         result = json.loads(line)
     except ValueError:
         return {}
-    return result if isinstance(result, dict) and "run_id" in result else {}
+    return result if isinstance(result, dict) and result.keys() & {"run_id", "error"} else {}
 
 
 def _end_with_json(job: submit.Job, store_uri: str, status: str, result: Mapping[str, Any], as_json: bool) -> None:

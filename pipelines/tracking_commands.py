@@ -51,10 +51,15 @@ class Following:
         return tracking.mlflow_run_id(self._store, self._run_id)
 
 
-def sync_run(store_uri: str, run_id: str, as_json: bool) -> int:
-    """Bring MLflow up to date with a run's record."""
+def sync_runs(store_uri: str, run_id: str | None, *, all_runs: bool, as_json: bool) -> int:
+    """Bring MLflow up to date with a run's record (default: the last run's), or with all; 1 if it did not take some."""
+    if all_runs and run_id:
+        raise UserError("sync takes a RUN or --all, not both")
     store = Store(store_uri)
-    run_id = find_run(store, run_id)
+    return _sync_all(store, as_json) if all_runs else _sync_one(store, find_run(store, run_id or "last"), as_json)
+
+
+def _sync_one(store: Store, run_id: str, as_json: bool) -> int:
     tracking.sync(store, run_id, on_wait=lambda: _tell("another process is writing this run to MLflow; waiting"))
     mlflow_run_id = tracking.mlflow_run_id(store, run_id)
     if as_json:
@@ -64,9 +69,7 @@ def sync_run(store_uri: str, run_id: str, as_json: bool) -> int:
     return 0
 
 
-def sync_all_runs(store_uri: str, as_json: bool) -> int:
-    """Bring MLflow up to date with all runs of a store; 1 if it did not take some."""
-    store = Store(store_uri)
+def _sync_all(store: Store, as_json: bool) -> int:
     if not run_ids(store):
         raise UserError(f"there are no runs in {store.uri}")
     rows = []

@@ -272,13 +272,16 @@ def _batches(
     folder: Path, table: str, columns: list[str], batch_rows: int = 65_536
 ) -> Iterator[tuple[Path, pa.RecordBatch]]:
     """Batches with their file. Raises ValueError for a column with nulls."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     for path in shard_paths(folder, table):
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=batch_rows, columns=columns):
                 for name in batch.schema.names:
-                    if batch.column(name).null_count:
+                    column: Any = batch.column(name)
+                    entries = column.flatten() if pa.types.is_list(column.type) else column
+                    if column.null_count or entries.null_count:
                         raise ValueError(f"{path}: column {name} holds a null")
                 yield path, batch
 

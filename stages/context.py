@@ -59,7 +59,11 @@ class Context(Protocol):
 
     work: Path
     """Scratch folder kept across attempts of the same key: checkpoints, shard ledgers. Gone after the commit. All
-    processes of the stage write to it, so on several machines it lies on a file system that they share."""
+    processes of the stage write to it, so on several machines it lies on a file system that they share.
+
+    Each attempt is given it under another name, so one that was given up and still runs cannot reach it by name; but
+    that one may have a file open. So a file is made under a new name and renamed when it is whole, never written over.
+    """
 
     def map(self, function: Callable[..., Any], items: Iterable[Any], *, resources: Any = None) -> Iterator[Any]:
         """Apply `function` to every item, in parallel where possible; results come in item order.

@@ -24,10 +24,8 @@ def main(work: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), CountingHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(work / "home"))
-    sys.path.insert(0, str(Path(__file__).parent / "infra"))
-
     from engine import plan, run, statuses
-    from test_adopt import reading, value
+    from toy_reader import reading, texts
 
     from ropewalk.infra.adopt import adopt
     from ropewalk.infra.step import External
@@ -39,7 +37,7 @@ def main(work: Path) -> None:
     facts = {"planned": planned, "requests_of_planning": len(requests)}
     result = run(reading("adopted://name"), root)
     facts |= {"statuses": statuses(result), "reason": result.steps[0].reason}
-    facts["value"] = value(Store(root), result)
+    facts["value"] = texts(Store(root), result)
     facts["again"] = statuses(run(reading(source), root))
     adopt(Store(root), source, "copied", External(source), copy=True)
     server.shutdown()

@@ -23,6 +23,14 @@ from ropewalk.infra.store import Store
 from ropewalk.infra.task import Output
 from ropewalk.stages.context import LocalContext
 
+NOTICE_LOSSES_SOON = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 3000,
+    "health_check_failure_threshold": 3,
+}
+"""Ray's settings. By its own it places work on a lost node for most of a minute."""
+
 
 @contextlib.contextmanager
 def nodes() -> Iterator[Any]:
@@ -31,7 +39,7 @@ def nodes() -> Iterator[Any]:
 
     saved = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
-    head = {"num_cpus": 2, "include_dashboard": False, "resources": {"seat": 2}}
+    head = {"num_cpus": 2, "include_dashboard": False, "resources": {"seat": 2}, "_system_config": NOTICE_LOSSES_SOON}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
@@ -43,11 +51,10 @@ def disturbed(
     cluster: Any, root: Path, pipeline: Pipeline, disturb: Callable[[dict[str, Any], RayExecutor], None]
 ) -> tuple[RunResult, list[dict[str, Any]]]:
     """A run during which `disturb(place, executor)` is called once a stage has said where it is; its events."""
-    executor = RayExecutor(pipeline, cluster.address)
+    executor, ended = RayExecutor(pipeline, cluster.address), threading.Event()
 
     def watch() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
+        while not ended.is_set():
             for path in root.glob(f"work/*/*/{BEGUN}"):
                 text = path.read_text()
                 if text:
@@ -58,8 +65,11 @@ def disturbed(
     watcher = threading.Thread(target=watch)
     watcher.start()
     logging.getLogger("ray").setLevel(logging.ERROR)
-    result = run(pipeline, root, executor=executor)
-    watcher.join()
+    try:
+        result = run(pipeline, root, executor=executor)
+    finally:
+        ended.set()
+        watcher.join()
     return result, list(read_events(Store(root), result.run_id))
 
 

@@ -127,7 +127,8 @@ class cubes:  # noqa: N801
 
     @staticmethod
     def run(config, inputs, output, context):
-        (context.work / BEGUN).write_text(json.dumps(place()))
+        if not (context.work / BEGUN).exists():
+            (context.work / BEGUN).write_text(json.dumps(place()))
         found = []
         for shard in map_shards(context, partial(Cube, context.work.parents[1]), {str(n): n for n in range(30)}):
             shard.link_into(output.data)
@@ -190,7 +191,9 @@ def _together(folder: Path, worker: Any) -> list[float]:
 
     started = time.time()
     dist.barrier()
-    time.sleep(2)
+    for second in range(12):
+        worker.progress(second, 12, "seconds")
+        time.sleep(1)
     return [started, time.time()]
 
 

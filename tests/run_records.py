@@ -84,7 +84,7 @@ class RecordBuilder:
                 found[slot] = {"uri": source, "digest": sha256(source), "step": None}
         return found
 
-    def begin(self, step: str, attempt: int = 1, **slots: str) -> None:
+    def begin(self, step: str, attempt: int | str = 1, **slots: str) -> None:
         self.add("step_started", step=step, key=sha256(step), attempt=attempt, inputs=self.inputs(**slots))
 
     def metrics(self, step: str, values: dict, at: int | None = None, about: str | None = None) -> None:
@@ -99,8 +99,8 @@ class RecordBuilder:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data.encode() if isinstance(data, str) else data)
         folders = {name: name if name.startswith("observed/") else f"data/{name}" for name in content}
-        files = [{"path": folders[name], "size": len(content[name])} for name in sorted(content)]
-        (attempt / "manifest.json").write_text(json.dumps({"files": files}), encoding="utf-8")
+        entries = [{"path": folders[name], "size": len(content[name])} for name in sorted(content)]
+        (attempt / "manifest.json").write_text(json.dumps({"files": entries}), encoding="utf-8")
         digest = sha256(json.dumps([step, kind, fields]))
         self.outputs[step] = {"uri": str(attempt / "data"), "digest": digest}
         sizes = {"num_bytes": sum(len(data) for data in content.values()), "num_files": len(content)}

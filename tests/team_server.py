@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def _succeeds(command: list[str]) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def _wait(process: subprocess.Popen[bytes], is_ready: object, log: Path) -> None:
+def _wait(process: subprocess.Popen[Any], is_ready: Callable[[], bool], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not is_ready():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-2000:]

@@ -86,6 +86,7 @@ def load_corpus(folder: Path, work: Path) -> tuple[Corpus, TokenizerInfo]:
     lengths: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
     work.mkdir(parents=True, exist_ok=True)
     path = work / "tokens.int32"
+    path.unlink(missing_ok=True)  # An attempt that was given up may still write to the file of this name.
     with path.open("wb") as file:
         for batch in iterate_table(folder, "tokens", ["doc_id", "input_ids"]):
             ids = batch.column("input_ids")

@@ -1,6 +1,6 @@
 """Memory and processor time of the tracking process over a long record: while MLflow is down, and catching up.
 
-    python tests/benchmarks/tracking_spool.py --events 500000
+    python tests/benchmarks/tracking_spool.py --events 500000 --output spool.json
 
 Writes a record of so many metric events and lets the real tracking process at it, first with a server that refuses,
 then with sqlite, and the same for a short record. Memory must not grow with the record.
@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from measurements import write_measurements
 from run_records import RecordBuilder, store_with_database
 
 DOWN = "http://127.0.0.1:9"
@@ -54,26 +55,33 @@ def measured(root: Path, uri: str, seconds: float | None) -> tuple[float, float,
     return usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime, time.monotonic() - began
 
 
+def cases(root: Path) -> dict[str, tuple[str, float | None]]:
+    """MLflow's address and for how long, by what it stands for."""
+    return {"server down (30 s)": (DOWN, OUTAGE_SECONDS), "catching up (sqlite)": (f"sqlite:///{root}/mlflow.db", None)}
+
+
 def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print a table, and write the numbers to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=500_000)
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     asked = parser.parse_args()
-    print("events   case                       peak MiB   CPU s   wall s")
+    numbers: list[dict[str, float | str]] = []
+    print("events   record MiB   case                       peak MiB   CPU s   wall s")
     for num_events in (1_000, asked.events):
         with tempfile.TemporaryDirectory() as folder:
             root = store_with_database(Path(folder))
-            record = write_record(root, num_events)
-            print(f"{num_events:<8} record of {record.path.stat().st_size / 2**20:.0f} MiB")
-            cases = {
-                "server down (30 s)": measured(root, DOWN, OUTAGE_SECONDS),
-                "catching up (sqlite)": measured(root, f"sqlite:///{root}/mlflow.db", None),
-            }
-            for case, (mib, cpu, wall) in cases.items():
-                print(f"{num_events:<8} {case:<26} {mib:8.0f} {cpu:7.1f} {wall:8.1f}")
+            size = write_record(root, num_events).path.stat().st_size / 2**20
+            for case, (uri, seconds) in cases(root).items():
+                mib, cpu, wall = measured(root, uri, seconds)
+                print(f"{num_events:<8} {size:10.0f}   {case:<26} {mib:8.0f} {cpu:7.1f} {wall:8.1f}", flush=True)
+                row = {"events": num_events, "record_mib": size, "case": case}
+                numbers.append({**row, "peak_mib": mib, "cpu_seconds": cpu, "wall_seconds": wall})
             with closing(sqlite3.connect(root / "mlflow.db")) as database:
                 rows = database.execute("select count(*), count(distinct step), count(distinct key) from metrics")
                 assert rows.fetchone() == (3 * num_events, num_events, 3), "MLflow does not have the record's points"
+    if asked.output:
+        write_measurements(asked.output, {"cases": numbers}, ("ropewalk", "mlflow"))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ def fill(disk: Path) -> None:
 def write_much(disk: Path) -> None:
     """As a stage that writes until the disk is full."""
     fill(disk)
-    (disk / "store" / "much").write_bytes(bytes(65536))
+    (disk / "much").write_bytes(bytes(65536))
 
 
-def attempt(disk: Path) -> dict:
+def attempt(store: str) -> dict:
     try:
-        result = engine.run(toy_stages.diamond(), disk / "store")
+        result = engine.run(toy_stages.diamond(), store)
     except Exception as error:  # noqa: BLE001 - told to the test, which judges it
         return {"status": "raised", "type": type(error).__name__, "error": str(error)}
     steps = {step.name: [step.status, step.reason] for step in result.steps}
@@ -48,9 +48,11 @@ def committed(store: Store) -> dict:
 
 if __name__ == "__main__":
     disk, point = Path(sys.argv[1]), sys.argv[2]
+    store = sys.argv[3] if len(sys.argv) > 3 else str(disk / "store")
     act = write_much if point == "data half written" else fill
-    points.arm(point, "right", lambda: act(disk))
-    first = attempt(disk)
-    (disk / "filler").unlink(missing_ok=True)
-    between = committed(Store(disk / "store"))
-    print(json.dumps({"first": first, "between": between, "second": attempt(disk)}))
+    points.arm(point, "right", lambda: act(disk), type(Store(store).objects))
+    first = attempt(store)
+    for name in ("filler", "much"):
+        (disk / name).unlink(missing_ok=True)
+    between = committed(Store(store))
+    print(json.dumps({"first": first, "between": between, "second": attempt(store)}))

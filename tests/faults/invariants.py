@@ -32,12 +32,14 @@ def broken_commits(store: Store, more: Mapping[str, int] | None = None, unsound:
         made, allowed = max((*numbers, *withdrawn), default=-1) + 1, 1 + (more or {}).get(key, 0)
         if made > allowed:
             yield f"{key}: {made} commits were made, {allowed} are accounted for"
+        try:
+            commit, problems = store.latest(key)
+        except StoreError as error:
+            yield f"{key}: {error}"
+            continue
+        if commit is not None and commit.number in withdrawn:
+            yield f"{key}: commit {commit.number} counts though it was withdrawn"
         if set(numbers) - set(withdrawn) and key not in unsound:
-            try:
-                commit, problems = store.latest(key)
-            except StoreError as error:
-                yield f"{key}: {error}"
-                continue
             problems = store.problems(commit, deep=True) if commit else [*problems, "no commit is valid"]
             yield from (f"{key}: {problem}" for problem in problems)
 

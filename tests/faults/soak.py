@@ -246,6 +246,11 @@ class Round:
         for variant in self.variants:
             found = self._finish(self.store_uri, variant, {"SOAK_UNREST": "0"})
             self.broken += [f"variant {variant}: {line}" for line in invariants.wrong_digests(found, expected[variant])]
+        for variant in self.variants:
+            planned = Planner(random_pipeline(self.seed, variant), self._elsewhere()).plan()
+            self.broken += [
+                f"variant {variant}: {p.name} is done and yet {p.reason}" for p in planned if p.status != "reuse"
+            ]
         self.broken += self._invariants()
         self.tally["commits"] = sum(
             len(self.store.objects.names(f"objects/{key}/commits")) for key in self.store.objects.names("objects")

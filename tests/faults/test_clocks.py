@@ -14,7 +14,7 @@ from faults import invariants
 from toy_stages import diamond, executions
 
 from ropewalk.infra.record import read_events, run_ids
-from ropewalk.infra.store import Store
+from ropewalk.infra.store import Store, StoreError
 
 DRIVER = Path(__file__).with_name("skewed_driver.py")
 HOUR = 3600.0
@@ -65,6 +65,17 @@ def test_drivers_whose_clocks_differ_by_an_hour_run_each_step_once(tmp_path, mon
     store = Store(root)
     assert list(invariants.broken_commits(store)) == []
     assert list(invariants.broken_leases(store, drivers_ended=True)) == []
+
+
+def test_a_change_is_seen_though_the_clock_of_the_writer_was_ahead(tmp_path, monkeypatch):
+    right_time = time.time
+    monkeypatch.setattr(time, "time", lambda: right_time() + HOUR)
+    commit = run(diamond(), tmp_path).steps[0].commit
+    monkeypatch.undo()
+    path = commit.attempt.data / "value.json"
+    path.write_text("9")
+    with pytest.raises(StoreError, match=f"{path}: content changed since it was committed"):
+        Store(tmp_path).fetch(commit.uri)
 
 
 def set_times(root, seconds):

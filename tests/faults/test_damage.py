@@ -112,6 +112,16 @@ def test_a_manifest_of_another_shape_is_refused(store, entry):
     assert "corrupt output" in plan(diamond(), store.root)["right"][1]
 
 
+def test_a_manifest_that_is_not_the_committed_one_is_refused_though_it_is_a_manifest(store):
+    commit = committed(run(diamond(), store.root), "right")
+    name = f"objects/{commit.key}/attempts/{commit.attempt.name}/manifest.json"
+    document = json.loads(store.objects.read(name))
+    document["files"][0]["sha256"] = "0" * 64
+    store.objects.write(name, json.dumps(document).encode())
+    status, reason = plan(diamond(), store.root)["right"]
+    assert status == "run" and f"{name}: changed since it was committed" in reason
+
+
 def test_a_file_replaced_by_a_link_to_another_is_corrupt(tmp_path, store):
     commit = committed(run(diamond(), store.root), "right")
     data = store.root / f"objects/{commit.key}/attempts/{commit.attempt.name}/data/value.json"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from engine import run, statuses
 from faults.namespaces import run_on_small_disk
+from object_store_server import new_bucket, object_store_server
 from toy_stages import diamond
 
 from ropewalk.infra.record import RunRecord, read_events, run_ids
@@ -32,6 +33,20 @@ def test_a_full_disk_fails_the_step_by_name_and_leaves_no_commit(tmp_path, point
         {"last": []} if "last" in told["between"] else {}
     )
     assert told["second"]["status"] == "succeeded" and told["second"]["digests"] == undisturbed
+
+
+@pytest.mark.parametrize("point", ["data half written", "before the manifest", "before the commit"])
+def test_a_full_scratch_disk_beside_an_object_store_costs_no_commit(tmp_path, monkeypatch, point, undisturbed):
+    monkeypatch.setenv("ROPEWALK_SCRATCH", str(tmp_path / "disk"))
+    with object_store_server():
+        told = run_on_small_disk(DRIVER, tmp_path / "disk", point, new_bucket())
+    first, second = told["first"], told["second"]
+    reason = first["error"] if first["status"] == "raised" else first["steps"]["right"][1]
+    if first["status"] != "succeeded":
+        assert "No space left on device" in reason and f"{tmp_path}/disk/" in reason
+    assert told["between"]["first"] == told["between"]["left"] == [0]
+    assert point != "data half written" or told["between"]["right"] == []
+    assert second["status"] == "succeeded" and second["digests"] == undisturbed
 
 
 @pytest.mark.parametrize("point", ["after the commit", "before the release", "before it is recorded"])

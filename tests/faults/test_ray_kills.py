@@ -99,8 +99,7 @@ def test_a_gang_that_loses_a_preempted_node_runs_again_and_no_failure_is_counted
     cluster, spots, tmp_path, notice_seconds
 ):
     seat = Resources(num_cpus=0, custom={"spot": 1})
-    once = Retries(max_attempts=1, backoff_seconds=0.1)
-    step = Step("s", waiting_gang, Nothing(), resources=WAITS, worker_resources=seat, retries=once)
+    step = Step("s", waiting_gang, Nothing(), resources=WAITS, worker_resources=seat, retries=QUICKLY)
     spots.append(cluster.add_node(num_cpus=1, resources={"spot": 1}))
 
     def lose(place, executor):
@@ -111,7 +110,8 @@ def test_a_gang_that_loses_a_preempted_node_runs_again_and_no_failure_is_counted
 
     result, events = disturbed(cluster, tmp_path / "store", single(step), lose)
     assert result.status == "succeeded" and value_of(result, "s") == [0, 1], result
-    (failed,) = [event for event in events if event["type"] == "attempt_failed"]
+    # Until Ray has noticed that the node is gone, it may place the next gang there: that attempt fails, too.
+    failed = next(event for event in events if event["type"] == "attempt_failed")
     assert (failed["kind"], failed["num_failed"], failed["num_preempted"]) == ("preempted", 0, 1), failed
     assert len(failed["error"]) < 200, failed
 
@@ -186,7 +186,7 @@ def test_a_cancelled_map_ends_without_waiting_for_its_items_and_frees_its_actors
 
 def test_two_gangs_on_a_cluster_that_holds_one_run_one_after_the_other(cluster, tmp_path):
     # One of them waits for its workers for longer than it may be silent while it works.
-    execution = {"resources": WAITS, "worker_resources": SEAT, "stall_seconds": 6.0}
+    execution = {"resources": WAITS, "worker_resources": SEAT, "stall_seconds": 10.0}
     steps = [Step(f"g{n}", gang_of_two, Number(value=n), **execution) for n in range(2)]
     pipeline = Pipeline("p", tuple(steps))
     result = run(pipeline, tmp_path / "store", executor=RayExecutor(pipeline, cluster.address))

@@ -1,5 +1,8 @@
 """A short soak with a seed of its own; `make soak MINUTES=...` runs a long one."""
 
+import json
+import time
+
 import pytest
 from faults import invariants
 from faults.soak import Round, soak
@@ -43,6 +46,11 @@ def test_the_checker_sees_a_second_commit_a_torn_record_and_a_changed_file(calm)
     path.with_name("000001.json").rename(path.with_name("000002.json"))
     assert "numbered [0, 2]" in next(iter(invariants.broken_commits(store)))
     path.with_name("000002.json").unlink()
+    withdrawn = store.root / "objects" / commit.key / "withdrawn" / "000000.test.json"
+    withdrawn.parent.mkdir()
+    withdrawn.write_text('{"reason": "for a test"}')
+    assert list(invariants.broken_commits(store)) == []
+    withdrawn.unlink()
     changed = next(iter(commit.attempt.data.iterdir()))
     changed.write_bytes(b"x" * changed.stat().st_size)
     assert "content changed" in next(iter(invariants.broken_commits(store)))
@@ -68,3 +76,19 @@ def test_the_checker_sees_leases_out_of_order_and_work_after_the_commit(calm, tm
     assert "one attempt holds two generations" in next(iter(invariants.broken_leases(store, drivers_ended=False)))
     lease.rename(lease.with_name("000002.json"))
     assert "lease generations [1, 2]" in next(iter(invariants.broken_leases(store, drivers_ended=False)))
+
+
+def test_the_checker_sees_parts_that_were_lost_and_commits_that_were_replaced(calm):
+    store = Store(calm.store_uri)
+    commit = store.commits()[0]
+    assert list(invariants.lost_work(calm.journal, excused=())) == []
+    assert list(invariants.lost_commits(store, excused=())) == []
+    facts = {"key": commit.key, "attempt": "late", "time": time.time()}
+    with calm.journal.open("a") as file:
+        file.write(json.dumps({**facts, "what": "began", "found": []}) + "\n")
+    (told,) = invariants.lost_work(calm.journal, excused=())
+    assert "did not find the parts [0" in told
+    assert list(invariants.lost_work(calm.journal, excused={commit.key})) == []
+    path = store.root / "objects" / commit.key / "commits" / "000000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attempt": "other"}))
+    assert "is gone" in next(iter(invariants.lost_commits(store, excused=())))

@@ -1,10 +1,13 @@
 """A driver is stopped for longer than its lease lasts, another takes over, and the first one wakes up."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,37 @@ def test_a_zombie_in_the_middle_of_its_stage_stops_within_the_grace_period(tmp_p
     assert told == f"succeeded reused committed by run {result.run_id} meanwhile\n"
     assert Store(tmp_path / "store").next_number(result.steps[0].key) == 1
     assert (tmp_path / "stopped").exists() == (stage == "patient")
+
+
+def test_a_stage_is_told_that_its_lease_was_taken_even_if_its_driver_is_not(tmp_path, monkeypatch):
+    """As on a machine that reaches the store and not its driver."""
+    import unruly_stages
+
+    from ropewalk.infra.lease import Holder
+    from ropewalk.infra.step import Step
+    from ropewalk.infra.task import make_task, run_task
+    from ropewalk.stages.context import LocalContext
+
+    monkeypatch.setenv("ROPEWALK_LEASE_SECONDS", "0.4")
+    store, key = Store(tmp_path / "store"), "k" * 64
+    step = Step("s", unruly_stages.patient, unruly_stages.Config(folder=str(tmp_path)))
+    facts = {"store_uri": store.uri, "key": key, "attempt": "first", "run_id": "run", "record": {}, "log_name": "log"}
+    task = make_task(step, inputs={}, commit_number=0, **facts)
+
+    def take_the_lease():
+        until(lambda: (tmp_path / "patient").exists())
+        successor = json.dumps(asdict(Holder.here("second", "other-run"))).encode()
+        assert store.objects.create(f"objects/{key}/leases/000001.json", successor)
+
+    other = threading.Thread(target=take_the_lease)
+    other.start()
+    outcome = run_task(
+        task,
+        lambda task, work, report, stop: LocalContext(work, report, stop),
+        lambda event: None,
+        lambda: False,
+        lambda: None,
+    )
+    other.join()
+    assert outcome.kind == "lease lost" and (tmp_path / "stopped").exists()
+    assert store.objects.names(f"objects/{key}/attempts") == [] and store.numbers(key) == []

@@ -9,52 +9,19 @@ from pathlib import Path
 import pytest
 from engine import plan, run, statuses
 from object_store_server import new_bucket, object_store_server
-from pydantic import BaseModel
+from toy_reader import reading, texts
 
 from ropewalk.infra.adopt import adopt
 from ropewalk.infra.key import canonical_json
-from ropewalk.infra.step import External, Pipeline, Step, UserError
+from ropewalk.infra.step import External, UserError
 from ropewalk.infra.store import Store
 
 TESTS = Path(__file__).parents[1]
 
 
-class Nothing(BaseModel):
-    """No config."""
-
-
-class contents:  # noqa: N801
-    """Writes what it was given: the text of every file by its path."""
-
-    NAME, VERSION = "contents", 1
-
-    @staticmethod
-    def run(config, inputs, output, context):
-        root = inputs["file"]
-        paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-        base = root.parent if root.is_file() else root
-        texts = {p.relative_to(base).as_posix(): p.read_text() for p in paths if ".cache" not in p.parts}
-        (output.data / "value.json").write_text(json.dumps(texts))
-
-
-def reading(uri, **patterns):
-    return Pipeline("p", (Step("read", contents, Nothing(), inputs={"file": External(uri, **patterns)}),))
-
-
-def value(store, result):
-    return json.loads((store.fetch(result.steps[0].commit.uri) / "value.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    with object_store_server():
-        yield
-
-
-@pytest.fixture(params=["local", "s3"])
-def root(request, tmp_path, monkeypatch):
-    monkeypatch.setenv("ROPEWALK_SCRATCH", str(tmp_path / "scratch"))
-    return str(tmp_path / "store") if request.param == "local" else new_bucket()
+@pytest.fixture
+def root(store_uri):
+    return store_uri
 
 
 @pytest.fixture
@@ -77,9 +44,9 @@ def test_a_pipeline_reads_what_was_adopted_under_the_key_that_the_files_have(roo
     register(root, books, copy=copy)
     result = run(reading("adopted://books"), root)
     assert statuses(result) == {"read": "ran"}
-    texts = value(Store(root), result)
-    assert {name: texts[name] for name in ("a.txt", "deep/b.txt")} == {"a.txt": "A", "deep/b.txt": "B"}
-    assert ("notes.md" in texts) is not copy, "files that stay where they are have their neighbours"
+    found = texts(Store(root), result)
+    assert {name: found[name] for name in ("a.txt", "deep/b.txt")} == {"a.txt": "A", "deep/b.txt": "B"}
+    assert ("notes.md" in found) is not copy, "files that stay where they are have their neighbours"
     by_path = plan(reading(str(books), include=("**/*.txt",)), root)
     assert by_path["read"][0] == "reuse"
 
@@ -113,13 +80,13 @@ def test_a_copy_outlives_its_source(root, books, tmp_path, monkeypatch):
         path.unlink()
     monkeypatch.setenv("ROPEWALK_SCRATCH", str(tmp_path / "another machine"))
     store = Store(root)
-    assert value(store, run(reading("adopted://books"), root)) == {"a.txt": "A", "deep/b.txt": "B"}
+    assert texts(store, run(reading("adopted://books"), root)) == {"a.txt": "A", "deep/b.txt": "B"}
 
 
 def test_a_single_file_is_given_as_a_file(root, books):
     for copy in (False, True):
         adopt(Store(root), str(books / "a.txt"), "one", External(str(books / "a.txt")), copy=copy)
-        assert value(Store(root), run(reading("adopted://one"), root)) == {"a.txt": "A"}
+        assert texts(Store(root), run(reading("adopted://one"), root)) == {"a.txt": "A"}
 
 
 def test_unknown_and_unusable_names_are_refused(root, books):
@@ -128,7 +95,7 @@ def test_unknown_and_unusable_names_are_refused(root, books):
         UserError, match=r"step read, input file: no adopted data is called 'boks'; did you mean 'books'"
     ):
         plan(reading("adopted://boks"), root)
-    for name in ("../x", "", "files", "a/b"):
+    for name in ("../x", "", "..", "a/b", "a\\b", "a b", ".hidden"):
         with pytest.raises(UserError, match="--name"):
             adopt(Store(root), str(books), name, External(str(books)), copy=False)
     with pytest.raises(UserError, match="40 hex digits"):
@@ -137,17 +104,23 @@ def test_unknown_and_unusable_names_are_refused(root, books):
         plan(reading("ftp://x"), root)
 
 
-def test_objects_of_an_object_store_are_inputs_and_their_change_is_seen(root):
+@pytest.fixture
+def server():
+    with object_store_server():
+        yield
+
+
+def test_objects_of_an_object_store_are_inputs_and_their_change_is_seen(root, server):
     place = new_bucket() + "/in put"
     source = Store(place).objects
     for name, text in (("a.txt", "A"), ("deep/b.txt", "B"), ("c.md", "C")):
         source.write(name, text.encode())
     pipeline = reading(place, include=("**/*.txt",))
-    assert value(Store(root), run(pipeline, root)) == {"a.txt": "A", "deep/b.txt": "B"}
+    assert texts(Store(root), run(pipeline, root)) == {"a.txt": "A", "deep/b.txt": "B"}
     assert plan(pipeline, root)["read"][0] == "reuse"
     source.write("deep/b.txt", b"X")
     assert plan(pipeline, root)["read"][0] == "run"
-    assert value(Store(root), run(pipeline, root)) == {"a.txt": "A", "deep/b.txt": "X"}
+    assert texts(Store(root), run(pipeline, root)) == {"a.txt": "A", "deep/b.txt": "X"}
     with pytest.raises(UserError, match=r"no object in .* matches"):
         plan(reading(place, include=("*.parquet",)), root)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -11,9 +12,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from object_store_server import new_bucket, object_store_server
 
-from ropewalk.infra import doctor
+from ropewalk.infra import doctor_machine as machine
+from ropewalk.infra import doctor_services as services
 from ropewalk.infra.doctor import Check, diagnose
+from ropewalk.infra.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +66,11 @@ def server(status: int, text: str, date: str | None = None) -> Iterator[tuple[st
 
 def mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str) -> Check:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return doctor.check_mlflow(tmp_path)
+    return services.check_mlflow(tmp_path)
 
 
 def test_this_machine_can_be_diagnosed(tmp_path: Path) -> None:
-    checks = diagnose(tmp_path / "store")
+    checks = diagnose(str(tmp_path / "store"))
     names = [check.name for check in checks]
     assert names == [
         "python",
@@ -79,6 +83,8 @@ def test_this_machine_can_be_diagnosed(tmp_path: Path) -> None:
         "ray authentication",
         "mlflow",
         "clock",
+        "training",
+        "gpu",
     ]
     assert all(check.message for check in checks)
     assert {check.name: check.ok for check in checks}["store"] is True
@@ -87,7 +93,7 @@ def test_this_machine_can_be_diagnosed(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ropewalk.infra.doctor import diagnose; diagnose(Path(sys.argv[1]));"
+        "import sys; from ropewalk.infra.doctor import diagnose; diagnose(sys.argv[1]);"
         "print({'torch', 'transformers', 'ray', 'mlflow', 'datasets', 'numpy'} & set(sys.modules))"
     )
     shown = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -95,15 +101,15 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "PACKAGES", ("transformers", "no-such-distribution"))
-    assert doctor.check_packages() == Check(
+    monkeypatch.setattr(machine, "PACKAGES", ("transformers", "no-such-distribution"))
+    assert machine.check_packages() == Check(
         "packages", False, "missing: no-such-distribution; pip install -e . installs them"
     )
 
 
 def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "MIN_TRANSFORMERS", (99, 0))
-    check = doctor.check_packages()
+    monkeypatch.setattr(machine, "MIN_TRANSFORMERS", (99, 0))
+    check = machine.check_packages()
     assert check.ok is False and "99.0 is needed" in check.message
 
 
@@ -112,48 +118,102 @@ def test_a_regular_package_called_kernels_is_found_and_a_plain_folder_is_not(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kernels").mkdir()
-    assert doctor.check_import_names().ok
+    assert machine.check_import_names().ok
     (tmp_path / "kernels" / "__init__.py").touch()
-    check = doctor.check_import_names()
+    check = machine.check_import_names()
     assert check.ok is False and str(tmp_path / "kernels" / "__init__.py") in check.message
 
 
-def test_a_store_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_store_that_is_no_folder_is_refused_and_told_once(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file")
-    check = doctor.check_store(tmp_path / "store")
-    assert check.ok is False and "--store" in check.message
+    for uri in (str(tmp_path / "store"), "ftp://host/store"):
+        (wrong,) = (check for check in diagnose(uri) if check.ok is False)
+        assert wrong.name == "store" and f"--store {uri}" in wrong.message
+
+
+def test_a_store_that_cannot_be_written_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    check = services.check_store(str(tmp_path / "file" / "store"))
+    assert check.ok is False and "Not a directory; give --store a folder" in check.message
 
 
 def test_a_store_without_exclusive_creation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.os, "link", lambda source, target: Path(target).write_text("overwritten"))
-    check = doctor.check_store(tmp_path)
+    def overwrite(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes())
+
+    monkeypatch.setattr("os.link", overwrite)
+    check = services.check_store(str(tmp_path))
     assert check.ok is False and "created twice" in check.message
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_object_store_is_tried_and_nothing_is_left_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with object_store_server() as endpoint:
+        bucket = new_bucket()
+        assert services.check_store(f"{bucket}/store").ok is True
+        assert Store(f"{bucket}/store").objects.sizes("") == {}
+        missing = services.check_store("s3://no-such-bucket-of-mine/store")
+        assert missing.ok is False and "there is no such bucket" in missing.message
+        assert "AWS_ACCESS_KEY_ID" in missing.message
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    gone = services.check_store(f"{bucket}/store")
+    assert gone.ok is False and f"nothing answers at {endpoint}" in gone.message
+
+
+def test_a_cluster_that_does_not_answer_is_one_sentence() -> None:
+    check = services.check_cluster("http://127.0.0.1:9")
+    assert check.ok is False and "no Ray dashboard answers at http://127.0.0.1:9" in check.message
+    assert services.check_cluster("auto").ok is False
+
+
+def test_packages_that_do_not_import_are_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROBE", "raise ImportError('libcudart.so: cannot open')")
+    (check,) = machine.check_training()
+    assert check.ok is False and "ImportError: libcudart.so: cannot open" in check.message
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cuda", "driver", "ok", "message"),
+    [
+        ([], None, [], None, "everything runs on the processors"),
+        (["H100"], "12.8", ["H100"], True, "H100; CUDA 12.8"),
+        ([], None, ["H100"], False, "the driver knows H100, but torch 2.13 is a CPU build: install one for CUDA"),
+        ([], "12.8", ["H100"], False, "sees none: look at CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_gpus_of_the_driver_must_be_seen_by_torch(
+    monkeypatch: pytest.MonkeyPatch, gpus: list, cuda: str, driver: list, ok: bool | None, message: str
+) -> None:
+    found = {"torch": "2.13", "deepspeed": "0.19", "cuda": cuda, "gpus": gpus}
+    monkeypatch.setattr(machine, "PROBE", f"print({json.dumps(json.dumps(found))})")
+    monkeypatch.setattr(machine, "driver_gpus", lambda: driver)
+    check = machine.check_training()[1]
+    assert check.ok is ok and message in check.message
+
+
 def test_little_disk_or_shared_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "MIN_FREE_GIB", 1e9)
-    monkeypatch.setattr(doctor, "MIN_SHM_GIB", 1e9)
-    assert doctor.check_disk(tmp_path / "not" / "there").ok is False
-    check = doctor.check_shared_memory(tmp_path)
+    monkeypatch.setattr(machine, "MIN_FREE_GIB", 1e9)
+    monkeypatch.setattr(machine, "MIN_SHM_GIB", 1e9)
+    assert machine.check_disk(tmp_path / "not" / "there").ok is False
+    check = machine.check_shared_memory(tmp_path)
     assert check.ok is False and "--shm-size" in check.message
-    assert doctor.check_shared_memory(tmp_path / "missing").ok is None
+    assert machine.check_shared_memory(tmp_path / "missing").ok is None
 
 
 def test_ray_tokens_and_mode_must_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_ray_authentication() == Check("ray authentication", True, "off")
+    assert services.check_ray_authentication() == Check("ray authentication", True, "off")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    check = doctor.check_ray_authentication()
+    check = services.check_ray_authentication()
     assert check.ok is False and "ray get-auth-token --generate" in check.message
     token = tmp_path / "home" / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)
     token.write_text("t")
-    assert doctor.check_ray_authentication().ok is True
+    assert services.check_ray_authentication().ok is True
     monkeypatch.delenv("RAY_AUTH_MODE")
-    check = doctor.check_ray_authentication()
+    check = services.check_ray_authentication()
     assert check.ok is None and "export RAY_AUTH_MODE=token" in check.message
     monkeypatch.setenv("RAY_AUTH_MODE", "tokens")
-    assert doctor.check_ray_authentication().ok is False
+    assert services.check_ray_authentication().ok is False
 
 
 def test_no_server_is_an_error_that_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +252,8 @@ def test_something_that_is_no_mlflow_is_noticed(tmp_path: Path, monkeypatch: pyt
 
 def test_a_clock_that_differs_from_the_servers_is_noticed() -> None:
     with server(200, "OK", date="Mon, 01 Jan 2024 00:00:00 GMT") as (url, _):
-        check = doctor.check_clock(url)
+        check = services.check_clock(url)
     assert check.ok is False and "from the MLflow server's" in check.message
     with server(200, "OK") as (url, _):
-        assert doctor.check_clock(url).ok is None
-    assert doctor.check_clock("sqlite:///x.db").ok is True
+        assert services.check_clock(url).ok is None
+    assert services.check_clock("sqlite:///x.db").ok is True

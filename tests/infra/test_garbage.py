@@ -10,31 +10,20 @@ import pytest
 from engine import run, statuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from object_store_server import new_bucket, object_store_server
 from toy_stages import diamond, executions
 
 from ropewalk.infra import garbage, lease, record
 from ropewalk.infra.garbage import Policy, collect
 from ropewalk.infra.lease import Holder
-from ropewalk.infra.plan import Selection
+from ropewalk.infra.plan import Planner, Selection
 from ropewalk.infra.store import Store
 
 DAY = 86400.0
 
 
-@pytest.fixture(scope="module", params=["local", "s3"])
-def kind(request):
-    if request.param == "local":
-        yield "local"
-    else:
-        with object_store_server():
-            yield "s3"
-
-
 @pytest.fixture
-def root(kind, tmp_path, monkeypatch):
-    monkeypatch.setenv("ROPEWALK_SCRATCH", str(tmp_path / "scratch"))
-    return str(tmp_path / "store") if kind == "local" else new_bucket()
+def root(store_uri):
+    return store_uri
 
 
 def twice(store, policy, **options):
@@ -182,6 +171,20 @@ def test_attempts_that_were_never_committed_go_unless_somebody_works_on_them(roo
     assert {(i.key, i.attempt) for i in removed if i.state == "removed"} == {("dead", "attemptdead"), ("dead", "work")}
     assert store.objects.names("objects/alive/attempts") == ["attemptalive"]
     assert store.objects.names("objects/dead/attempts") == [] and "dead" not in store.objects.names("work")
+
+
+def test_who_was_silent_for_so_long_that_its_attempt_was_removed_cannot_commit_what_is_left(root):
+    store = Store(root)
+    key = Planner(diamond(), store).plan()[0].key
+    held = lease.acquire(store.objects, key, Holder.here("silent", "run"))
+    attempt = store.begin(key, "silent")
+    (attempt.data / "half").write_text("half")
+    store.objects.upload({f"objects/{key}/attempts/silent/data/half": attempt.data / "half"})
+    (item,) = [item for item in twice(store, Policy(0)) if item.attempt == "silent"]
+    assert item.state == "removed"
+    with pytest.raises(lease.LeaseLostError):
+        held.confirm()
+    held.release()
 
 
 def test_scratch_of_a_step_that_failed_in_a_kept_run_stays_for_the_next_try(root):

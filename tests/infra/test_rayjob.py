@@ -123,7 +123,7 @@ def test_a_manifest_that_breaks_the_schema_is_refused_with_the_field(crd, change
 def test_a_file_that_is_no_crd_is_refused(tmp_path, text):
     path = tmp_path / "x.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"--crd .*x\.yaml: this is no CRD file of RayJob v1"):
+    with pytest.raises(UserError, match=r"--crd .*x\.yaml: this is no CustomResourceDefinition of RayJob v1"):
         check_against_crd(job().documents()[-1], path)
 
 

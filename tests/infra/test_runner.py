@@ -12,6 +12,7 @@ from toy_stages import Config, NumberConfig, diamond, executions, failing, numbe
 
 from ropewalk.infra.plan import Planner, Selection
 from ropewalk.infra.record import read_events
+from ropewalk.infra.settings import with_settings
 from ropewalk.infra.step import External, Pipeline, Step, UserError
 from ropewalk.infra.store import Store
 
@@ -35,7 +36,7 @@ def test_measurements_do_not_change_the_output_digest(tmp_path):
 
 def test_a_changed_field_reruns_its_step_and_what_depends_on_it(tmp_path):
     run(diamond(), tmp_path / "store")
-    changed = diamond().with_settings(["right.value=5"])
+    changed = with_settings(diamond(), ["right.value=5"])
     assert plan(changed, tmp_path / "store")["right"] == ("run", "config value 0 -> 5")
     assert plan(changed, tmp_path / "store")["last"] == ("may-run", "depends on the output of right")
     assert statuses(run(changed, tmp_path / "store")) == {
@@ -55,7 +56,7 @@ def test_an_upstream_change_with_equal_bytes_leaves_the_rest_fresh(tmp_path):
         "p", (pipeline["first"], pipeline["left"], replace(pipeline["right"], inputs={"a": pipeline["left"]}))
     )
     run(Pipeline("p", only_left.steps), tmp_path / "other")
-    second = statuses(run(only_left.with_settings(["first.value=7"]), tmp_path / "other"))
+    second = statuses(run(with_settings(only_left, ["first.value=7"]), tmp_path / "other"))
     assert second == {"first": "ran", "left": "ran", "right": "reused"}
 
 
@@ -237,7 +238,7 @@ def test_secrets_in_configs_reach_no_file_of_the_store(tmp_path):
     assert statuses(run(pipeline, tmp_path / "store")) == {"s": "reused"}
     for path in (tmp_path / "store").rglob("*"):
         assert not path.is_file() or secret not in path.read_text(), path
-    changed = pipeline.with_settings(["s.value=9"])
+    changed = with_settings(pipeline, ["s.value=9"])
     assert plan(changed, tmp_path / "store")["s"] == ("run", "config value 1 -> 9")
 
 

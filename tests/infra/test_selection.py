@@ -12,6 +12,7 @@ from unruly_stages import drawing, flaky
 
 from ropewalk.infra.plan import Planner, Selection
 from ropewalk.infra.record import History
+from ropewalk.infra.settings import with_settings
 from ropewalk.infra.step import Pipeline, Step, UserError
 from ropewalk.infra.store import Store
 
@@ -177,7 +178,7 @@ def test_reasons_are_structured(tmp_path):
     assert reasons(diamond(), "left")[0] | {"text": ""} == {"kind": "upstream", "text": "", "steps": ["first"]}
     result = run(diamond(), tmp_path / "store")
     assert reasons(diamond(), "first") == []
-    changed = diamond().with_settings(["first.value=5", "first.note=x"])
+    changed = with_settings(diamond(), ["first.value=5", "first.note=x"])
     assert [(r["kind"], r["field"], r["before"], r["now"]) for r in reasons(changed, "first")] == [
         ("config", "note", "", "x"),
         ("config", "value", 3, 5),

@@ -4,6 +4,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, model_validator
 from toy_stages import number
 
+from ropewalk.infra.settings import with_settings
 from ropewalk.infra.step import Pipeline, Step, UserError
 
 
@@ -31,7 +32,7 @@ class Nested(BaseModel):
 
 
 def changed(*settings):
-    return Pipeline("p", (Step("s", number, Nested()),)).with_settings(settings)["s"].config
+    return with_settings(Pipeline("p", (Step("s", number, Nested()),)), settings)["s"].config
 
 
 def test_values_are_typed_by_the_field():

@@ -112,8 +112,10 @@ def test_ctrl_c_ends_the_waiting_and_not_the_run_which_cancel_ends(user, gate):
             if "second: started" in line:
                 break
     rest = waiting.stdout.read()
-    assert waiting.returncode == 130 and "goes on" in rest
     run_id = max(path.name for path in (user.folder / "store/runs").iterdir())
+    assert waiting.returncode == 130 and f"run {run_id} goes on" in rest
+    assert f"ropewalk logs {run_id} --store {user.folder}/store -f  follows it" in rest
+    assert f"ropewalk cancel {run_id} --address {user.cluster.address}  stops it" in rest
     # Without the store, the cluster is asked.
     address = ["--address", user.cluster.address]
     assert f"--run-id {run_id}" in user.command("logs", run_id, *address).stdout
@@ -130,11 +132,39 @@ def test_a_failed_run_fails_the_command_with_the_reason(user):
     assert "this step fails" in result["steps"][1]["reason"]
 
 
+def test_the_choice_of_steps_reaches_the_cluster_and_the_record(result, user):
+    chosen = user.submit("--only", "second", "--with-upstream", "--force", "first", "--rerun-drifted")
+    assert statuses(chosen) == {"first": "ran", "second": "reused"}
+    again = json.loads((user.run_folder(chosen["run_id"]) / "run.json").read_text())["request"]["selection"]
+    assert again["only"] == ["second"] and again["force"] == ["first"]
+    assert again["with_upstream"] is again["rerun_drifted"] is True
+
+
+def test_a_run_that_has_not_begun_is_listed_and_its_cluster_is_asked(result, user):
+    """As right after `submit --no-wait`, or when the driver failed before it could write a record."""
+    from ropewalk.infra.record import new_run_id
+    from ropewalk.infra.submit import Job
+
+    run_id = new_run_id()
+    folder = user.run_folder(run_id)
+    folder.mkdir()
+    asked = {"pipeline": "submitted_pipeline.py", "set": [], "param": []}
+    (folder / "job.json").write_text(json.dumps(Job(user.cluster.address, run_id, asked).to_json()))
+    row = last_json(user.command("status", "--json").stdout)["runs"][0]
+    assert (row["run_id"], row["pipeline"], row["status"]) == (run_id, "submitted_pipeline", "not begun")
+    assert "was submitted to a cluster and has not begun" in user.command("show", run_id, code=1).stderr
+    # The cluster does not know this job, and all of them say so instead of waiting for ever.
+    for words in (("cancel", run_id), ("logs", run_id, "--driver")):
+        assert f"the cluster at {user.cluster.address} refuses" in user.command(*words, code=1).stderr
+    (folder / "job.json").unlink()
+    folder.rmdir()
+
+
 def test_a_driver_that_cannot_begin_is_quoted(user):
     wrong = user.folder / "file"
     wrong.write_text("no folder")
     result = user.submit("--store", str(wrong / "store"), "--shared-store", code=1)
-    assert result["status"] == "failed" and "NotADirectoryError" in result["error"]
+    assert result["status"] == "failed" and "Not a directory" in result["error"]
 
 
 def test_what_is_wrong_with_the_request_is_said_before_anything_is_sent(user):

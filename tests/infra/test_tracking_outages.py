@@ -20,7 +20,7 @@ import pytest
 from faulty_proxy import Fault, FaultyProxy, faulty_mlflow
 from object_store_server import object_store_server
 from run_records import RecordBuilder, store_with_database
-from shown_runs import recorded_points, shown_points, shown_runs
+from shown_runs import client_of, recorded_points, shown_points, shown_runs
 
 from ropewalk.infra import tracking
 from ropewalk.infra.mlflow_database import default_tracking_uri, open_client
@@ -57,7 +57,9 @@ def await_that(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def test_a_run_through_every_kind_of_outage_is_in_mlflow_exactly_once(proxy: FaultyProxy, tmp_path: Path) -> None:
+def test_a_run_through_every_kind_of_outage_is_in_mlflow_exactly_once(
+    served: tuple[Path, FaultyProxy], proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = RecordBuilder(tmp_path, "run", "outages")
     record.start(train={}, asked_late={}, answered_late={})
     child = tracking.start(Store(tmp_path), "run")
@@ -81,8 +83,9 @@ def test_a_run_through_every_kind_of_outage_is_in_mlflow_exactly_once(proxy: Fau
         child.wait()
     assert set(proxy.met) == set(get_args(Fault))
     time.sleep(proxy.delay_seconds)  # Requests that nobody waits for any more are still served.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     tracking.sync(Store(tmp_path), "run")
-    client = open_client(proxy.url)
+    client = client_of(served[0])
     assert shown_points(client, "run") == recorded_points(tmp_path, "run")
     runs = shown_runs(client, "run")
     states = {name: run.info.status for name, run in runs.items()}
@@ -91,8 +94,8 @@ def test_a_run_through_every_kind_of_outage_is_in_mlflow_exactly_once(proxy: Fau
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_run_during_an_outage_succeeds_and_sync_brings_all_of_it(
-    fault: Fault, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_sync_during_an_outage_fails_and_afterwards_brings_all_of_it(
+    fault: Fault, served: tuple[Path, FaultyProxy], proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path)
     proxy.fault = fault
@@ -102,9 +105,10 @@ def test_a_run_during_an_outage_succeeds_and_sync_brings_all_of_it(
         tracking.sync(store, result.run_id)
     assert read_ids(ids_path(tmp_path, result.run_id)).trouble
     proxy.fault = "none"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     assert list(tracking.sync_all(store)) == [Synced(result.run_id, "written")]
     assert list(tracking.sync_all(store)) == []
-    client = open_client(proxy.url)
+    client = client_of(served[0])
     assert shown_points(client, result.run_id) == recorded_points(tmp_path, result.run_id)
     assert {run.info.status for run in shown_runs(client, result.run_id).values()} == {"FINISHED"}
     assert not read_ids(ids_path(tmp_path, result.run_id)).trouble

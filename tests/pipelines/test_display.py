@@ -129,3 +129,17 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 def test_the_display_imports_nothing_heavy() -> None:
     code = "import sys, ropewalk.pipelines.display; print({'torch', 'ray', 'mlflow', 'pydantic'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_step_that_waits_for_its_workers_is_queued_until_they_start() -> None:
+    queued = {"type": "workers_queued", "step": "train", "workers": "2 workers with 1 GPU each", "time": 2.0}
+    begun = {"type": "running", "step": "train", "node": "n", "pid": 1, "time": 1.0}
+    started = {"type": "workers_started", "step": "train", "time": 50.0}
+    waiting = table(START, begun, queued).splitlines()[1]
+    assert "queued" in waiting and "waits for room for 2 workers with 1 GPU each" in waiting
+    assert "running" in table(START, begun, queued, started).splitlines()[1]
+    assert [line.split(" ", 1)[1] for line in plain(START, begun, queued, started)] == [
+        "train: started",
+        "train: waits for room for 2 workers with 1 GPU each",
+        "train: its workers have started",
+    ]

@@ -58,8 +58,7 @@ def test_dot_is_read_by_graphviz(graph):
 
 def test_the_command_shows_what_a_run_would_do(tmp_path, monkeypatch, capsys):
     run(diamond(), tmp_path)
-    for module in ("graph_command", "commands"):
-        monkeypatch.setattr(f"ropewalk.pipelines.{module}.load_pipeline", lambda *given: Loaded(diamond(value=5)))
+    monkeypatch.setattr("ropewalk.pipelines.plan_commands.load_pipeline", lambda *given: Loaded(diamond(value=5)))
     graph_command.show_graph(REQUEST, str(tmp_path), form="mermaid", with_status=True, as_json=True)
     shown = json.loads(capsys.readouterr().out)
     assert {node["name"]: node["status"] for node in shown["nodes"]} == {

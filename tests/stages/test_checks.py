@@ -1,6 +1,8 @@
 """Artifacts that stages write pass their checks; every kind of damage is refused by file and field."""
 
+import importlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -11,11 +13,9 @@ from row_invariants import VOCABULARY, numbered_documents, run_stage, tokenizer_
 from safetensors.torch import save_file
 
 from ropewalk.stages import checks
-from ropewalk.stages.data import ingest, mix, pack, plant, splice, split, utk
+from ropewalk.stages.data import ingest, mix, pack, plant, split
 from ropewalk.stages.data.readers import SourceConfig
-from ropewalk.stages.evaluation import evaluate, report
 from ropewalk.stages.schema import Artifact, predictions_schema, read_artifact, write_artifact, write_table
-from ropewalk.stages.training import train
 
 ROW_TOKENS = 32
 EXTENDED = SimpleNamespace(rope=SimpleNamespace(method="yarn"))
@@ -79,17 +79,25 @@ def change_artifact(folder, **changes):
     write_artifact(folder, artifact.model_copy(update=changes))
 
 
+def all_stages():
+    """Every module of the package that is a stage, by its name."""
+    folder = Path(checks.__file__).parent
+    names = [".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py")]
+    modules = [importlib.import_module(f"ropewalk.stages.{name}") for name in sorted(names)]
+    return {module.NAME: module for module in modules if hasattr(module, "NAME") and hasattr(module, "run")}
+
+
 def test_every_stage_names_the_check_of_its_kind():
+    checked = {name: stage.check.__name__ for name, stage in all_stages().items()}
     kinds = {
-        checks.check_documents: [ingest],
-        checks.check_tokens: [split],
-        checks.check_rows: [pack, mix, plant, splice, utk],
-        checks.check_checkpoint: [train],
-        checks.check_predictions: [evaluate],
-        checks.check_report: [report],
+        "check_documents": ["ingest"],
+        "check_tokens": ["encode", "split"],
+        "check_rows": ["pack", "mix", "plant", "splice", "utk"],
+        "check_checkpoint": ["train"],
+        "check_predictions": ["evaluate"],
+        "check_report": ["report"],
     }
-    for check, stages in kinds.items():
-        assert all(stage.check is check for stage in stages)
+    assert checked == {stage: check for check, stages in kinds.items() for stage in stages}
 
 
 def test_outputs_of_the_data_stages_pass(tmp_path, rows):
@@ -215,6 +223,50 @@ def test_lost_bytes_of_documents_are_refused(tmp_path):
         checks.check_documents(None, folder)
 
 
+@pytest.fixture
+def tokens(tmp_path):
+    return write_tokens(tmp_path / "tokens", numbered_documents([5, 7]))
+
+
+@pytest.mark.parametrize("wrong", [VOCABULARY, -1])
+def test_a_token_outside_the_vocabulary_is_refused(tokens, wrong):
+    (path,) = tokens.glob("tokens-*.parquet")
+    table = pq.read_table(path)
+    records = table.to_pylist()
+    records[1]["input_ids"][2] = wrong
+    pq.write_table(pa.Table.from_pylist(records, schema=table.schema), path)
+    with pytest.raises(ValueError, match=rf"tokens-00000\.parquet: input_ids holds {wrong}, outside the tokenizer's"):
+        checks.check_tokens(None, tokens)
+
+
+@pytest.mark.parametrize("count", ["num_kept", "num_tokens"])
+def test_counts_of_tokens_that_the_shards_do_not_hold_are_refused(tokens, count):
+    counts = {"num_kept": 2, "num_tokens": 12}
+    change_artifact(tokens, counts=counts)
+    checks.check_tokens(None, tokens)
+    change_artifact(tokens, counts={**counts, count: counts[count] - 1})
+    with pytest.raises(ValueError, match=rf"artifact\.json: counts\.{count} is {counts[count] - 1}, but there are"):
+        checks.check_tokens(None, tokens)
+
+
+def test_a_shard_that_is_gone_is_noticed_by_its_counts(tmp_path):
+    folder = write_documents(tmp_path / "documents", {"a": "text", "b": "more"})
+    artifact = read_artifact(folder)
+    change_artifact(folder, counts={**artifact.counts, "num_kept": 3})
+    with pytest.raises(ValueError, match=r"artifact\.json: counts\.num_kept is 3, but there are 2"):
+        checks.check_documents(None, folder)
+
+
+def test_a_null_is_refused_with_its_column(tokens):
+    (path,) = tokens.glob("tokens-*.parquet")
+    table = pq.read_table(path)
+    records = table.to_pylist()
+    records[0]["input_ids"][1] = None
+    pq.write_table(pa.Table.from_pylist(records, schema=table.schema), path)
+    with pytest.raises(ValueError, match=r"tokens-00000\.parquet: column input_ids holds a null"):
+        checks.check_tokens(None, tokens)
+
+
 def test_a_sound_checkpoint_passes(checkpoint):
     checks.check_checkpoint(EXTENDED, checkpoint)
 
@@ -285,6 +337,22 @@ def test_a_sample_asked_twice_is_refused(tmp_path):
     records = [prediction(0, 1.0), prediction(1, 1.0), prediction(1, 0.0), prediction(2, 0.0)]
     write_table(folder / "extended", "predictions", predictions_schema(), records)
     with pytest.raises(ValueError, match="extended: sample_id 's1' occurs twice in predictions"):
+        checks.check_predictions(TWO_MODELS, folder)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_refused(tmp_path, loss):
+    folder = write_predictions(tmp_path, [0.0, 1.0, 0.5])
+    losses = pa.schema([("doc_id", pa.string()), ("sum_nll", pa.float64())])
+    write_table(folder / "base", "losses", losses, [{"doc_id": "d", "sum_nll": loss}])
+    with pytest.raises(ValueError, match=rf"losses-00000\.parquet: sum_nll is {loss}, not a number"):
+        checks.check_predictions(TWO_MODELS, folder)
+
+
+def test_predictions_without_their_summary_are_refused(tmp_path):
+    folder = write_predictions(tmp_path, [0.0, 1.0, 0.5])
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=r"summary\.json cannot be read"):
         checks.check_predictions(TWO_MODELS, folder)
 
 

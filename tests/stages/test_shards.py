@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -192,3 +193,25 @@ def test_ledger_entries_are_json(tmp_path):
     finish(LocalContext(tmp_path / "work"), tmp_path / "data")
     entries = sorted((tmp_path / "work" / "shards").glob("*.json"))
     assert [json.loads(entry.read_text())["counts"] for entry in entries] == [{"sum": n} for n in ITEMS.values()]
+
+
+def fill(number, folder):
+    (folder / f"{number:04d}.bin").write_bytes(bytes(2**18))
+    return {"sum": number}
+
+
+def test_memory_does_not_grow_with_what_the_shards_hold(tmp_path):
+    items = {f"part-{number}": number for number in range(300)}
+    tracemalloc.start()
+    try:
+        total = sum(shard.counts["sum"] for shard in map_shards(LocalContext(tmp_path), fill, items))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert total == sum(range(300)) and peak < 3 * 2**20, "75 MiB went through"
+
+
+def test_a_reader_that_stops_early_holds_the_workers_back(tmp_path):
+    shards = map_shards(LocalContext(tmp_path / "work"), square, ITEMS)
+    assert [next(shards).name for _ in range(3)] == list(ITEMS)[:3]
+    assert (tmp_path / "work" / "runs").read_text().split() == ["0", "1", "2"]
