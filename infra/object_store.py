@@ -185,7 +185,7 @@ class ObjectStoreObjects:
         expected.
         """
         with ThreadPoolExecutor(max_workers=num_threads()) as pool:
-            there = list(pool.map(lambda file: _is_there(*file[1:], checked_at), files))
+            there = list(pool.map(lambda file: _is_there(file[1], file[2], file[3], checked_at), files))
         missing = [file for file, is_there in zip(files, there, strict=True) if not is_there]
         for folder in {path.parent for _, path, _, _ in missing}:
             folder.mkdir(parents=True, exist_ok=True)
@@ -232,13 +232,13 @@ class ObjectStoreObjects:
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise PermissionError(_not_allowed(f"{self.uri}/{name}", error)) from None
         except BaseError as error:
-            if _NOT_ALLOWED.search(str(error)):  # Of a listing, which the client does not know for one.
-                raise PermissionError(_not_allowed(f"{self.uri}/{name}", error)) from None
             if "NoSuchBucket" in str(error):
                 raise OSError(f"{self._bucket}: there is no such bucket") from None
-            what = NO_CREDENTIALS if _IDENTITY.search(str(error)) else _first_line(error)
+            has_identity = not _IDENTITY.search(str(error))
+            if has_identity and _NOT_ALLOWED.search(str(error)):  # Of a listing: the client does not know it for one.
+                raise PermissionError(_not_allowed(f"{self.uri}/{name}", error)) from None
             kind = ConnectionError if _NO_ANSWER.search(str(error)) else OSError
-            raise kind(f"{self.uri}/{name}: {what}") from None
+            raise kind(f"{self.uri}/{name}: {_first_line(error) if has_identity else NO_CREDENTIALS}") from None
         except ValueError:
             raise UserError(
                 f"{self.uri}: {name!r} cannot be the name of an object; give the file another one"

@@ -2,5 +2,5 @@
 
 import signal
 
-# Started in the background of a script, a process ignores Ctrl-C, and so do all its children. Ours are to be interrupted.
+# Started in the background of a script, a process ignores Ctrl-C, and so do its children. Ours are to be interrupted.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -36,7 +36,7 @@ def main() -> None:
     """Measure the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, metavar="TOOL", help=", ".join(PEERS))
     parser.add_argument("--environments", type=Path, help="keep the tools' environments here, and use what is there")
     parser.add_argument("--steps", type=int, default=50, help="planning: number of steps")

@@ -115,6 +115,7 @@ def _script(name: str, text: str) -> Callable[[Path], list[Command]]:
 
 def _prefect_environment(folder: Path) -> dict[str, str]:
     settings = {"HOME": str(folder / "home"), "LOGGING_LEVEL": "ERROR", "SERVER_ANALYTICS_ENABLED": "false"}
+    settings["SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
     return {**{f"PREFECT_{name}": value for name, value in settings.items()}, "DO_NOT_TRACK": "1"}
 
 

@@ -61,14 +61,14 @@ def test_a_disk_that_is_full_after_the_commit_loses_nothing(tmp_path, point, und
 
 @pytest.fixture
 def no_more_events(monkeypatch):
-    """The file of events cannot grow once `left` has ended."""
+    """The file of events cannot grow by a whole line once `left` has ended."""
     append = RunRecord.append
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(self, event):
         if event["type"] == "step_succeeded" and event["step"] == "left":
             size = (self.folder / "events.jsonl").stat().st_size
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
         return append(self, event)
 
     monkeypatch.setattr(RunRecord, "append", limited)
@@ -82,6 +82,8 @@ def test_events_that_cannot_be_written_stop_the_run_by_name(tmp_path, no_more_ev
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     monkeypatch.undo()
     store = Store(tmp_path)
+    (events,) = tmp_path.glob("runs/*/events.jsonl")
+    assert events.read_text().endswith("}\n"), "no half of a line is left"
     assert [event["seq"] for event in read_events(store, run_ids(store)[0])]
     again = run(diamond(), tmp_path)
     assert statuses(again)["first"] == statuses(again)["left"] == "reused"

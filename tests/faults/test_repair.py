@@ -1,12 +1,16 @@
 """`verify --repair` lets what is damaged be made again, and nothing else; until then it is not used."""
 
 import json
+import threading
+from dataclasses import replace
 
 import pytest
 from engine import run, statuses
 from faults.soak import damage
 from toy_stages import diamond, executions
 
+from ropewalk.infra.lease import Holder, acquire
+from ropewalk.infra.plan import Planner
 from ropewalk.infra.store import Store
 from ropewalk.infra.verify import verify
 from ropewalk.pipelines.cli import main
@@ -40,6 +44,27 @@ def test_only_what_is_damaged_is_made_again(counted, store_uri, monkeypatch, kin
     statuses_now = {(v.key, v.number): v.status for v in verify(store, store.known_keys(), deep=True, repair=False)}
     assert statuses_now.pop((commit.key, 0)) in ("WITHDRAWN", "CORRUPT")
     assert set(statuses_now.values()) == {"SOUND"}
+
+
+@pytest.mark.timeout(60)
+def test_an_output_that_is_withdrawn_while_a_run_waits_for_it_is_made_anew(store_uri):
+    store = Store(store_uri)
+    key = Planner(diamond(), store).plan()[0].key
+    held = acquire(store.objects, key, replace(Holder.here("other", "other-run"), machine="another"))
+
+    def commit_and_withdraw():
+        attempt = store.begin(key, "other")
+        (attempt.data / "value.json").write_text("3")
+        store.commit(attempt, {"run_id": "other-run", "code": {}}, number=0)
+        store.withdraw(key, 0, "test", "it was damaged")
+        held.release()
+
+    timer = threading.Timer(1.0, commit_and_withdraw)
+    timer.start()
+    result = run(diamond(), store_uri)
+    timer.join()
+    assert statuses(result)["first"] == "ran"
+    assert (result.steps[0].commit.number, store.numbers(key)) == (1, [0, 1])
 
 
 def test_the_command_names_the_file_and_its_exit_code_tells(tmp_path, capsys, monkeypatch):

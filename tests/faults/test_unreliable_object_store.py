@@ -11,6 +11,7 @@ from object_store_server import new_bucket
 from toy_stages import diamond, executions
 
 from ropewalk.infra import object_store
+from ropewalk.infra.failures import classify
 from ropewalk.infra.record import read_events
 from ropewalk.infra.step import Pipeline, Retries
 from ropewalk.infra.store import Store
@@ -65,6 +66,25 @@ def test_the_answer_to_an_exclusive_creation_is_right_even_if_it_was_lost(server
     assert objects.create("a", b"mine")
     assert not objects.create("a", b"yours")
     assert objects.read("a") == b"mine"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_outage_of_seconds_is_waited_out(server, uri, fault):
+    objects, until = Store(uri).objects, time.monotonic() + 3
+    server.choose = lambda method, path: fault if time.monotonic() < until else "none"
+    assert objects.create("a", b"mine")
+    assert objects.read("a") == b"mine" and objects.names("") == ["a"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_store_that_never_answers_is_a_failure_of_the_machines(server, uri, monkeypatch, fault):
+    monkeypatch.setattr(object_store, "RETRY_SECONDS", 1)
+    objects = Store(uri).objects
+    server.choose = lambda method, path: fault
+    for act in (lambda: objects.create("a", b"mine"), lambda: objects.read("a"), lambda: objects.sizes("a")):
+        with pytest.raises(OSError, match=f"{uri}/a") as raised:
+            act()
+        assert classify(raised.value) == "infrastructure"
 
 
 def with_quick_retries(pipeline):

@@ -13,8 +13,13 @@ from toy_reader import reading, texts
 
 from ropewalk.infra.adopt import adopt
 from ropewalk.infra.key import canonical_json
+from ropewalk.infra.local import LocalExecutor
+from ropewalk.infra.plan import Planner
+from ropewalk.infra.record import RunRecord
+from ropewalk.infra.runner import Runner
 from ropewalk.infra.step import External, UserError
 from ropewalk.infra.store import Store
+from ropewalk.stages.context import LocalContext
 
 TESTS = Path(__file__).parents[1]
 
@@ -143,3 +148,50 @@ def test_a_repository_of_the_hub_is_planned_without_it_and_fetched_for_the_step(
     assert facts["statuses"] == {"read": "ran"} and list(facts["value"]) == ["train.jsonl"]
     assert facts["again"] == {"read": "reused"}, "named or not, it is the same repository at the same commit"
     assert facts["copied"] == {"read": "reused"} and facts["files_of_copy"] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["path", "adopted", "objects"])
+def test_data_that_changes_before_its_step_starts_is_never_read_under_the_old_key(root, books, server, kind):
+    """The step was decided, waits for its turn, and meanwhile its input becomes another."""
+    place = {"path": str(books), "adopted": "adopted://books", "objects": f"{new_bucket()}/books"}[kind]
+    source = Store(place).objects if kind == "objects" else None
+
+    def write(text):
+        (books / "a.txt").write_text(text)
+        register(root, books, copy=True)
+        if source is not None:
+            source.write("a.txt", text.encode())
+
+    write("A")
+    pipeline = reading(place, include=("a.txt",) if kind == "path" else ("**/*.txt",))
+    store, changed = Store(root), []
+
+    class Number(Store):
+        """Asked for right before the step starts."""
+
+        def next_number(self, key):
+            if not changed:
+                changed.append(write("changed"))
+            return super().next_number(key)
+
+    planner = Planner(pipeline, store)
+    planner.plan()
+    planner.store = Number(root)
+    executor = LocalExecutor(lambda task, work, report, stop: LocalContext(work, report, stop))
+    result = Runner(planner, executor, RunRecord(store, "p"), lambda event: None, (str(TESTS),)).execute()
+    assert changed and statuses(result) == {"read": "ran"}
+    assert texts(store, result)["a.txt"] == "changed"
+    assert result.steps[0].key == plan_key(pipeline, root), "the key is that of what was read"
+
+
+def plan_key(pipeline, root):
+    return Planner(pipeline, Store(root)).plan()[0].key
+
+
+def test_a_copy_that_was_damaged_is_refused(root, books):
+    register(root, books, copy=True)
+    store = Store(root)
+    document = json.loads(store.objects.read("adopted/books/000000.json"))
+    store.objects.write(f"{document['folder']}/a.txt", b"X")
+    result = run(reading("adopted://books"), root)
+    assert result.steps[0].status == "failed" and "a.txt: content changed" in result.steps[0].reason

@@ -218,3 +218,28 @@ def test_records_are_brought_again_only_where_they_have_grown(machine, monkeypat
     assert (there.root / "runs" / "r1" / "events.jsonl").read_text() == "1\n2\n"
     store.pull_runs()
     assert not (Path(folder) / "run.json").exists() or (folder / "events.jsonl").read_text() == "1\n2\n"
+
+
+def test_a_record_that_is_brought_has_the_time_at_which_it_was_written(machine):
+    store = machine("a")
+    store.objects.write("runs/r1/run.json", b"{}")
+    store.objects.write("runs/r1/events.jsonl.d/000000000000000", b"1\n")
+    written = store.objects.entries("runs")["r1/events.jsonl.d/000000000000000"].changed_at
+    time.sleep(1.1)
+    there = machine("b")
+    there.pull_runs(at_once=True)
+    assert (there.root / "runs/r1/events.jsonl").stat().st_mtime == written < time.time() - 1
+
+
+def test_logs_are_brought_only_of_the_run_that_is_asked_for(machine):
+    store = machine("a")
+    for run_id in ("r1", "r2"):
+        store.objects.write(f"runs/{run_id}/run.json", b"{}")
+        store.objects.write(f"runs/{run_id}/logs/step/a.log.d/000000000000000", b"line\n")
+    there = machine("b")
+    there.pull_runs(at_once=True)
+    assert list(there.root.rglob("*.log")) == []
+    there.pull_runs(logs_of="r2")
+    assert [path.read_text() for path in there.root.rglob("*.log")] == ["line\n"]
+    there.pull_runs(at_once=True)
+    assert sorted(path.name for path in (there.root / "runs").iterdir()) == ["r1", "r2"]

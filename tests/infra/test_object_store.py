@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from engine import plan, run, statuses
 from object_store_server import new_bucket, object_store_server
+from obstore.exceptions import AlreadyExistsError
 from toy_stages import NumberConfig, diamond, executions, failing
 
-from ropewalk.infra import record
+from ropewalk.infra import object_store, record
 from ropewalk.infra.plan import Selection
 from ropewalk.infra.step import Pipeline, Step, UserError
 from ropewalk.infra.store import Store, StoreError
@@ -255,3 +256,48 @@ def test_readers_on_one_machine_fetch_the_same_output_at_once(bucket, elsewhere)
     for thread in threads:
         thread.join()
     assert found == ["3"] * 6
+
+
+def test_files_that_a_stage_has_changed_in_its_input_are_brought_anew(bucket, elsewhere):
+    commit = run(diamond(), bucket).steps[0].commit
+    for name in ("here", "elsewhere"):
+        elsewhere(name)
+        fetched = Store(bucket).fetch(commit.uri) / "value.json"
+        assert fetched.read_text() == "3"
+        before = fetched.stat()
+        fetched.write_text("4")
+        os.utime(fetched, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (Store(bucket).fetch(commit.uri) / "value.json").read_text() == "3"
+
+
+def test_files_that_nobody_has_touched_are_neither_brought_nor_read_again(bucket, elsewhere, monkeypatch):
+    commit = run(diamond(), bucket).steps[0].commit
+
+    def refuse(path):
+        raise AssertionError(f"{path} is read")
+
+    elsewhere()
+    Store(bucket).fetch(commit.uri)
+    monkeypatch.setattr(object_store, "file_sha256", refuse)
+    for name in ("here", "elsewhere"):
+        elsewhere(name)
+        store = Store(bucket)
+        monkeypatch.setattr(store.objects, "_chunks", refuse)
+        assert (store.fetch(commit.uri) / "value.json").read_text() == "3"
+        monkeypatch.undo()
+        monkeypatch.setattr(object_store, "file_sha256", refuse)
+        elsewhere(name)
+
+
+def test_a_creation_that_is_refused_while_another_comes_to_nothing_is_tried_again(bucket, monkeypatch):
+    objects = Store(bucket).objects
+    put, refusals = object_store.obstore.put, [AlreadyExistsError("409: another request is under way")] * 2
+
+    def refused(*arguments, **options):
+        if refusals:
+            raise refusals.pop()
+        return put(*arguments, **options)
+
+    monkeypatch.setattr(object_store.obstore, "put", refused)
+    assert objects.create("a", b"mine") and refusals == []
+    assert not objects.create("a", b"another's") and objects.read("a") == b"mine"
