@@ -6,14 +6,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ropewalk.infra.key import FORMAT_VERSION, canonical_json, sha256_hex
-from ropewalk.infra.objects import file_sha256, sync_file, sync_folder
+from ropewalk.infra.objects import Objects, file_sha256, sync_file, sync_folder
 
 PARTS = ("data", "observed")
 INSIDE = tuple(f"{part}/" for part in PARTS)
@@ -140,6 +140,35 @@ def parse_manifest(content: bytes, name: str) -> list[Entry]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{name}: not a manifest: {error!r}") from None
     return files
+
+
+def compare_sizes(objects: Objects, folder: str, files: Sequence[Entry]) -> tuple[list[str], list[Entry]]:
+    """What is gone or has another size, in words; and the files that are there with theirs."""
+    sizes = objects.sizes(folder)
+    problems, sound = [], []
+    for entry in files:
+        path, size = entry["path"], sizes.get(entry["path"])
+        if size is None:
+            problems.append(f"{objects.uri}/{folder}/{path}: gone")
+        elif size != entry["size"]:
+            problems.append(f"{objects.uri}/{folder}/{path}: has {size} bytes, was committed with {entry['size']}")
+        else:
+            sound.append(entry)
+    return problems, sound
+
+
+def compare_contents(
+    objects: Objects, folder: str, files: Sequence[Entry], on_read: Callable[[int], None] = lambda num_bytes: None
+) -> list[str]:
+    """The files whose content is not what was committed, in words; `on_read` is called with the size of each."""
+    found = []
+    with ThreadPoolExecutor(max_workers=num_threads()) as pool:
+        digests = pool.map(lambda entry: objects.sha256(f"{folder}/{entry['path']}"), files)
+        for entry, digest in zip(files, digests, strict=True):
+            on_read(entry["size"])
+            if digest != entry["sha256"]:
+                found.append(f"{objects.uri}/{folder}/{entry['path']}: content changed since it was committed")
+    return found
 
 
 def data_files(files: Sequence[Entry]) -> list[Entry]:

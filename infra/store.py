@@ -30,7 +30,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +37,12 @@ from ropewalk.infra.artifact import (
     Attempt,
     Commit,
     StoreError,
+    compare_contents,
+    compare_sizes,
     data_files,
     describe,
     make_durable,
     manifest_text,
-    num_threads,
     output_digest,
     parse_manifest,
 )
@@ -214,17 +214,8 @@ class Store:
         `on_read` is called with the size of each file whose content was compared.
         """
         folder = f"objects/{commit.key}/attempts/{commit.attempt.name}"
-        sizes = self.objects.sizes(folder)
-        problems, sound = [], []
-        for entry in commit.record["files"]:
-            path, size = entry["path"], sizes.get(entry["path"])
-            if size is None:
-                problems.append(f"{self.uri}/{folder}/{path}: gone")
-            elif size != entry["size"]:
-                problems.append(f"{self.uri}/{folder}/{path}: has {size} bytes, was committed with {entry['size']}")
-            else:
-                sound.append(entry)
-        return problems + (self._changed(folder, sound, on_read) if deep else [])
+        problems, sound = compare_sizes(self.objects, folder, commit.record["files"])
+        return problems + (compare_contents(self.objects, folder, sound, on_read) if deep else [])
 
     def withdraw(self, key: str, number: int, by: str, reason: str) -> None:
         """Make a commit count no more, so that the next run makes the output again; its number is not used again.
@@ -295,7 +286,7 @@ class Store:
         if self._remote is None:
             # The time of the last change to an inode cannot be set back as its mtime can.
             touched = [e for e in entries if (self.root / folder / e["path"]).stat().st_ctime > since]
-            return self._changed(folder, touched)
+            return compare_contents(self.objects, folder, touched)
         mark = self._mark(folder)
         checked_at = mark.stat().st_ctime if mark.exists() else None
         files = [(f"{folder}/{e['path']}", self.root / folder / e["path"], e["size"], e["sha256"]) for e in entries]
@@ -396,19 +387,6 @@ class Store:
         if not isinstance(document, dict):
             raise StoreError(f"{self.uri}/{name}: not a JSON object")
         return document
-
-    def _changed(
-        self, folder: str, entries: list[dict[str, Any]], on_read: Callable[[int], None] = lambda num_bytes: None
-    ) -> list[str]:
-        """The files whose content is not what was committed."""
-        found = []
-        with ThreadPoolExecutor(max_workers=num_threads()) as pool:
-            digests = pool.map(lambda entry: self.objects.sha256(f"{folder}/{entry['path']}"), entries)
-            for entry, digest in zip(entries, digests, strict=True):
-                on_read(entry["size"])
-                if digest != entry["sha256"]:
-                    found.append(f"{self.uri}/{folder}/{entry['path']}: content changed since it was committed")
-        return found
 
 
 def new_attempt_name() -> str:

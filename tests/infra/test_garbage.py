@@ -331,3 +331,15 @@ def test_in_any_history_kept_runs_keep_their_outputs_and_the_rest_goes(actions):
         assert kept <= left
         used_keys = {a.split("key")[1][0] for run_id in named for a in histories.used[run_id]}
         assert {name.split("key")[1][0] for name in left} <= used_keys, "what no kept run uses is gone"
+
+
+def test_what_is_used_again_after_it_was_marked_gets_its_whole_grace_period_anew(root):
+    run(diamond(3), root)
+    run(diamond(4), root)
+    store = Store(root)
+    assert {item.state for item in collect(store, Policy(1), act=True)} == {"found"}
+    assert set(statuses(run(diamond(3), root)).values()) == {"reused"}
+    run(diamond(4), root)
+    later = time.time() + 2 * DAY
+    assert {item.state for item in collect(store, Policy(1), act=True, clock=lambda: later)} == {"found"}
+    assert set(statuses(run(diamond(3), root)).values()) == {"reused"}

@@ -9,8 +9,12 @@ import pytest
 import toy_stages
 
 from ropewalk.infra import plan
+from ropewalk.infra.local import LocalExecutor
 from ropewalk.infra.plan import Planner
+from ropewalk.infra.record import RunRecord
+from ropewalk.infra.runner import Runner
 from ropewalk.infra.store import Commit, Store
+from ropewalk.stages.context import LocalContext
 
 PIPELINE = toy_stages.diamond()
 
@@ -31,18 +35,10 @@ def output(planner: Planner) -> Commit:
 def test_an_output_that_was_withdrawn_after_the_plan_is_made_again(planner: Planner) -> None:
     commit = output(planner)
     planner.store.withdraw(commit.key, commit.number, "test", "the disk is going bad")
-    decided = planner.decide(PIPELINE["first"], {})
-    assert (decided.status, decided.commit_number) == ("run", commit.number + 1)
-    assert "the disk is going bad" in decided.reason
-
-
-def test_a_commit_that_came_after_the_plan_is_the_one_that_is_reused(planner: Planner) -> None:
-    commit = output(planner)
-    attempt = planner.store.begin(commit.key, "0" * 32)
-    (attempt.data / "value.json").write_text("3")
-    newer = planner.store.commit(attempt, {"step": "first"}, number=commit.number + 1)
-    decided = planner.decide(PIPELINE["first"], {})
-    assert decided.commit is not None and decided.commit.attempt.name == newer.attempt.name
+    executor = LocalExecutor(lambda task, work, report, stop: LocalContext(work, report, stop))
+    result = Runner(planner, executor, RunRecord(planner.store, "diamond"), lambda event: None).execute()
+    assert engine.statuses(result) == {"first": "ran", "left": "reused", "right": "reused", "last": "reused"}
+    assert "the disk is going bad" in result.steps[0].reason
 
 
 def test_files_are_looked_at_again_when_the_plan_is_old(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
