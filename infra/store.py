@@ -6,7 +6,7 @@
     objects/<key>/commits/<000000>.json       created exclusively; the highest valid one wins
     objects/<key>/withdrawn/<000000>.<by>.json  that commit counts no more: damaged, or removed as garbage
     objects/<key>/leases/                     who works on the key (lease.py)
-    objects/<key>/tombstones/                 attempts that garbage collection means to remove (gc.py)
+    objects/<key>/tombstones/                 attempts that garbage collection means to remove (garbage.py)
     runs/<run id>/                            the append-only record of a run
     work/<key>/<000000>/                      scratch of a resumable stage, by lease; removed after the commit
     adopted/<name>/                           outside data by name (adopt.py)

@@ -48,7 +48,9 @@ def check_each_key_was_made_once(tmp_path, store, num_drivers, num_rounds):
     assert told["step_waiting"] > 0, "they did meet"
 
 
-@pytest.mark.parametrize(("num_drivers", "num_rounds"), [(2, 50), (4, 10)])
+@pytest.mark.parametrize(
+    ("num_drivers", "num_rounds"), [(2, 10), (4, 10), pytest.param(2, 50, marks=pytest.mark.faults)]
+)
 def test_each_key_is_executed_and_committed_once_and_all_drivers_succeed(tmp_path, num_drivers, num_rounds):
     race(tmp_path, str(tmp_path / "store"), num_drivers, num_rounds)
     store = Store(tmp_path / "store")
@@ -57,9 +59,10 @@ def test_each_key_is_executed_and_committed_once_and_all_drivers_succeed(tmp_pat
     assert list(invariants.broken_leases(store, drivers_ended=True)) == []
 
 
-def test_the_same_holds_on_an_object_store(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_rounds", [4, pytest.param(50, marks=pytest.mark.faults)])
+def test_the_same_holds_on_an_object_store(tmp_path, monkeypatch, num_rounds):
     monkeypatch.setenv("ROPEWALK_SCRATCH", str(tmp_path / "scratch"))
     with object_store_server():
         uri = new_bucket()
-        race(tmp_path, uri, 2, 4)
-        check_each_key_was_made_once(tmp_path, Store(uri), 2, 4)
+        race(tmp_path, uri, 2, num_rounds)
+        check_each_key_was_made_once(tmp_path, Store(uri), 2, num_rounds)

@@ -112,9 +112,7 @@ def test_without_credentials_it_is_said_which_variables_have_them(uri, impatient
 
 
 @pytest.mark.parametrize("answer", ["refused", "silence"])
-def test_a_store_that_does_not_answer_is_given_up_and_counts_as_the_machines_fault(
-    uri, impatient, monkeypatch, answer
-):
+def test_a_store_that_does_not_answer_is_given_up_and_counts_as_the_machines_fault(uri, impatient, monkeypatch, answer):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         if answer == "refused":

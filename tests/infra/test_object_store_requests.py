@@ -26,9 +26,7 @@ def chain():
     return Pipeline("chain", tuple(steps))
 
 
-def test_a_reused_step_costs_six_requests_and_a_record_that_is_brought_one_for_each_file(
-    server, tmp_path, monkeypatch
-):
+def test_a_reused_step_costs_six_requests_and_a_record_that_is_brought_one_for_each_file(server, tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWALK_SCRATCH", str(tmp_path / "here"))
     uri = new_bucket()
     run(chain(), uri)
