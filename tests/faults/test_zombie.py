@@ -1,5 +1,6 @@
 """A driver is stopped for longer than its lease lasts, another takes over, and the first one wakes up."""
 
+import contextlib
 import json
 import os
 import signal
@@ -164,6 +165,9 @@ def test_a_stage_is_told_that_its_lease_was_taken_even_if_its_driver_is_not(tmp_
         until(lambda: (tmp_path / "patient").exists())
         successor = json.dumps(asdict(Holder.here("second", "other-run"))).encode()
         assert store.objects.create(f"objects/{key}/leases/000001.json", successor)
+        with contextlib.suppress(AssertionError):
+            until(lambda: (tmp_path / "stopped").exists())
+        (tmp_path / "go").touch()  # So that a stage that is not told ends, too.
 
     other = threading.Thread(target=take_the_lease)
     other.start()
