@@ -215,7 +215,7 @@ def _fetch_hub(store: Store, document: dict[str, Any]) -> Path:
 
 
 def _objects_document(external: External, place: str) -> dict[str, Any]:
-    from ropewalk.infra.object_store import open_objects
+    from ropewalk.infra.remote.object_store import open_objects
 
     wanted = _matching(external.include, external.exclude)
     found = open_objects(external.path).entries("")
@@ -227,7 +227,7 @@ def _objects_document(external: External, place: str) -> dict[str, Any]:
 
 
 def _fetch_objects(store: Store, document: dict[str, Any]) -> Path:
-    from ropewalk.infra.object_store import open_objects
+    from ropewalk.infra.remote.object_store import open_objects
 
     source = open_objects(document["source"])
     now = source.entries("")

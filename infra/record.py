@@ -92,7 +92,7 @@ class RunRecord:
         self._lock = threading.Lock()
         self._sequence = 0
         if not store.is_local:
-            from ropewalk.infra.run_mirror import RunMirror
+            from ropewalk.infra.remote.run_mirror import RunMirror
 
             self._mirror.enter_context(RunMirror.of_own_run(store, self.run_id))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ropewalk.infra.event_tail import EventTail
+from ropewalk.infra.tracking.event_tail import EventTail
 
 
 @dataclass(frozen=True)

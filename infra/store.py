@@ -51,7 +51,7 @@ from ropewalk.infra.objects import LocalObjects, Objects, sync_folder
 from ropewalk.infra.step import UserError
 
 if TYPE_CHECKING:
-    from ropewalk.infra.object_store import ObjectStoreObjects
+    from ropewalk.infra.remote.object_store import ObjectStoreObjects
 
 __all__ = ["Attempt", "Commit", "Store", "StoreError", "new_attempt_name"]
 SCHEMES = ("s3", "gs", "az")
@@ -71,7 +71,7 @@ class Store:
                 raise UserError(f"--store {text}: it is no folder, or none that you may read; name another one")
             self.objects: Objects = LocalObjects(self.root)
         elif scheme in SCHEMES and "://" in text:
-            from ropewalk.infra.object_store import open_objects, scratch_folder
+            from ropewalk.infra.remote.object_store import open_objects, scratch_folder
 
             remote = open_objects(text)
             self.objects = self._remote = remote
@@ -248,7 +248,7 @@ class Store:
         With `logs_of`, bring instead all of one run, its logs included. Raises OSError.
         """
         if not self.is_local:
-            from ropewalk.infra.run_mirror import pull_runs
+            from ropewalk.infra.remote.run_mirror import pull_runs
 
             pull_runs(self, at_once=at_once, logs_of=logs_of)
 

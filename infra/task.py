@@ -179,7 +179,7 @@ def run_logged(task: Task, make_context: MakeContext, report: Report, stop: Stop
 def _log_mirror(task: Task) -> contextlib.AbstractContextManager[Any]:
     if task.store.is_local:
         return contextlib.nullcontext()
-    from ropewalk.infra.run_mirror import RunMirror
+    from ropewalk.infra.remote.run_mirror import RunMirror
 
     return RunMirror.of_log(task.store, task.log_name)
 
@@ -239,7 +239,7 @@ def _work(store: Store, key: str, generation: int) -> Iterator[Path]:
     if store.is_local:
         yield folder
         return
-    from ropewalk.infra.mirror import WorkMirror
+    from ropewalk.infra.remote.work_mirror import WorkMirror
 
     with WorkMirror(store, key, folder):
         yield folder

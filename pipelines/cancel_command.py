@@ -8,16 +8,16 @@ import signal
 import time
 
 from ropewalk.infra import record
-from ropewalk.infra.event_tail import EventTail
 from ropewalk.infra.step import UserError
 from ropewalk.infra.store import Store
+from ropewalk.infra.tracking.event_tail import EventTail
 from ropewalk.pipelines.output import PLAIN, console_on, emit
 from ropewalk.pipelines.records import find_run, has_begun
 
 
 def cancel_run(store_uri: str, run_id: str, *, now: bool, as_json: bool) -> int:
     """Ask a run to stop: by a note in the store, and by a signal if its driver is on this machine."""
-    from ropewalk.infra.submit import read_job
+    from ropewalk.infra.jobs.submit import read_job
 
     store = Store(store_uri)
     run_id = find_run(store, run_id, submitted=True)
@@ -41,7 +41,7 @@ def cancel_run(store_uri: str, run_id: str, *, now: bool, as_json: bool) -> int:
 
 def cancel_job(run_id: str, address: str, *, now: bool, as_json: bool) -> int:
     """Stop a submitted run through its cluster: before it has begun, or when its store cannot be reached."""
-    from ropewalk.infra.submit import Job, stop_job
+    from ropewalk.infra.jobs.submit import Job, stop_job
 
     if now:
         raise UserError("--now needs the store: through its cluster a run is always asked to save first; leave it out")

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ropewalk.infra.doctor import diagnose
+from ropewalk.infra.doctor.report import diagnose
 from ropewalk.pipelines.output import console_on, emit
 
 MARKS = {True: Text("ok", "green"), False: Text("wrong", "red"), None: Text("note", "yellow")}

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import IO
 
 from ropewalk.infra import record
-from ropewalk.infra.event_tail import EventTail
 from ropewalk.infra.run_logs import RunLogs, print_logs
 from ropewalk.infra.step import UserError, unknown
 from ropewalk.infra.store import Store
+from ropewalk.infra.tracking.event_tail import EventTail
 from ropewalk.pipelines.output import emit
 from ropewalk.pipelines.records import find_run, has_begun
 
@@ -81,7 +81,7 @@ class Ending:
         return state == "dead" or (state == "elsewhere" and self._job_is_over())
 
     def _job_is_over(self) -> bool:
-        from ropewalk.infra.submit import job_end, read_job
+        from ropewalk.infra.jobs.submit import job_end, read_job
 
         job = read_job(self._store, self._run_id)
         if job is None or time.monotonic() < self._ask_again:
@@ -105,7 +105,7 @@ def _steps(store: Store, run_id: str, wait: Callable[[], bool]) -> list[str]:
 
 def show_driver_log(store_uri: str, run_id: str, address: str | None, *, follow: bool, as_json: bool) -> int:
     """Print what the driver of a submitted run wrote, from its cluster; that is known by the store or given."""
-    from ropewalk.infra.submit import Job, follow_job, job_log, read_job
+    from ropewalk.infra.jobs.submit import Job, follow_job, job_log, read_job
 
     if address:
         job = Job(address, run_id)

@@ -115,7 +115,7 @@ def _failed_steps(store: Store, run_id: str) -> tuple[str, ...]:
 
 def _run_record(store: Store, loaded: Loaded, request: Request, run_id: str | None) -> RunRecord:
     """A new record; a run that was submitted to a cluster also records its job."""
-    from ropewalk.infra.submit import check_same_store, driver_job
+    from ropewalk.infra.jobs.submit import check_same_store, driver_job
 
     if run_id and not re.fullmatch(r"\w[\w-]*", run_id):
         raise UserError(f"--run-id {run_id}: must be letters, digits, '-' and '_'")
@@ -143,8 +143,8 @@ def _executor(name: str, address: str | None, steps: list[Step], wait_for_resour
         from ropewalk.stages.context import LocalContext
 
         return LocalExecutor(lambda task, work, report, stop: LocalContext(work, report, stop))
-    from ropewalk.infra.on_ray import RayExecutor
-    from ropewalk.infra.reachable import require_ray
+    from ropewalk.infra.on_ray.executor import RayExecutor
+    from ropewalk.infra.remote.reachable import require_ray
 
     if address and steps:
         require_ray(address)

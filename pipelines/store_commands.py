@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ropewalk.infra import garbage
 from ropewalk.infra.adopt import adopt
-from ropewalk.infra.garbage import Garbage
 from ropewalk.infra.step import External, UserError, unknown
 from ropewalk.infra.store import Store
-from ropewalk.infra.verify import Verdict, verify
+from ropewalk.infra.upkeep import garbage
+from ropewalk.infra.upkeep.garbage import Garbage
+from ropewalk.infra.upkeep.verify import Verdict, verify
 from ropewalk.pipelines.output import PLAIN, console_on, emit
 from ropewalk.pipelines.plan_commands import make_plan
 from ropewalk.pipelines.records import find_run

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ropewalk.infra import submit
+from ropewalk.infra.jobs import submit
 from ropewalk.infra.record import new_run_id
 from ropewalk.infra.scrub import scrub
 from ropewalk.infra.step import Pipeline, UserError
@@ -90,7 +90,7 @@ class Manifest:
 
 def submit_pipeline(asked: Asked, *, address: str, wait: bool, wheel: Path | None, as_json: bool) -> int:
     """Submit a run; with `wait`, follow it to its end and end as it ended."""
-    from ropewalk.infra.wheel import unpack_wheel
+    from ropewalk.infra.jobs.wheel import unpack_wheel
 
     console = console_on(sys.stderr if as_json else sys.stdout)
     asked.load()
@@ -127,7 +127,7 @@ def print_manifest(asked: Asked, manifest: Manifest, as_json: bool) -> int:
     """Print the RayJob of a run, or write it to a file; checked against a CRD file, if one is given."""
     from importlib import metadata
 
-    from ropewalk.infra import rayjob
+    from ropewalk.infra.jobs import rayjob
 
     pipeline = asked.load()
     if not _is_object_store(asked.store_uri) and not asked.shared_store:
@@ -162,7 +162,7 @@ def print_manifest(asked: Asked, manifest: Manifest, as_json: bool) -> int:
 
 
 def _working_dir(pipeline_file: Path | None, folder: Path) -> Path | None:
-    from ropewalk.infra.bundle import copy_bundle
+    from ropewalk.infra.jobs.bundle import copy_bundle
 
     if pipeline_file is None:
         return None
@@ -216,7 +216,7 @@ def _end_with_json(job: submit.Job, store_uri: str, status: str, result: Mapping
 
 
 def _bundle_text(pipeline_file: Path) -> dict[str, str]:
-    from ropewalk.infra.bundle import bundled_files
+    from ropewalk.infra.jobs.bundle import bundled_files
 
     folder = pipeline_file.resolve().parent
     paths = bundled_files(pipeline_file)

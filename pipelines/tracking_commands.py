@@ -10,10 +10,10 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from ropewalk.infra import tracking
 from ropewalk.infra.record import run_ids
 from ropewalk.infra.step import UserError
 from ropewalk.infra.store import Store
+from ropewalk.infra.tracking import sync as tracking
 from ropewalk.pipelines.output import PLAIN, console_on, emit
 from ropewalk.pipelines.records import find_run
 
@@ -89,7 +89,7 @@ def _sync_all(store: Store, as_json: bool) -> int:
 
 def show_ui(store_uri: str, host: str, port: int, as_json: bool) -> int:
     """Serve the MLflow UI until Ctrl-C; with `as_json`, the object tells where, as soon as it answers."""
-    from ropewalk.infra.ui import serve_ui
+    from ropewalk.infra.tracking.ui import serve_ui
 
     return serve_ui(Store(store_uri), host=host, port=port, on_ready=emit if as_json else None)
 

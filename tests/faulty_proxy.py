@@ -117,7 +117,7 @@ def _reset(request: BaseHTTPRequestHandler, content: bytes) -> None:
 @contextlib.contextmanager
 def faulty_mlflow(root: Path, delay_seconds: float = 30.0) -> Iterator[FaultyProxy]:
     """A real MLflow server on the sqlite database of a store's folder, behind a proxy."""
-    from ropewalk.infra.ui import mlflow_server
+    from ropewalk.infra.tracking.ui import mlflow_server
 
     with (
         mlflow_server(root, f"sqlite:///{root}/mlflow.db", "127.0.0.1", 0) as (_, url),

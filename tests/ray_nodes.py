@@ -15,7 +15,7 @@ from typing import Any
 from engine import run
 from ray_stages import BEGUN
 
-from ropewalk.infra.on_ray import RayExecutor
+from ropewalk.infra.on_ray.executor import RayExecutor
 from ropewalk.infra.record import read_events
 from ropewalk.infra.results import RunResult
 from ropewalk.infra.step import Pipeline, Step

@@ -206,7 +206,7 @@ def small_record(root: Path, run_id: str) -> RecordBuilder:
 @functools.cache
 def empty_database() -> Path:
     """A fresh MLflow database, made once a process: MLflow takes several seconds for it."""
-    from ropewalk.infra.mlflow_database import prepare
+    from ropewalk.infra.tracking.database import prepare
 
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

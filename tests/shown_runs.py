@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ropewalk.infra.mlflow_database import open_client
+from ropewalk.infra.tracking.database import open_client
 
 Points = dict[str, Counter[tuple[str, int, float, int]]]
 """How often there is each point (name, step, value, time in milliseconds), by step of the pipeline."""

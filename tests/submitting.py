@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ray_cluster import Cluster
 
-from ropewalk.infra.wheel import unpack_wheel
+from ropewalk.infra.jobs.wheel import unpack_wheel
 
 HERE = Path(__file__).parent
 
@@ -85,9 +85,8 @@ class Submitter:
 
     def driver_log(self, run_id: str) -> str:
         """What the driver of a run wrote, from the cluster."""
-        code = (
-            f"from ropewalk.infra.submit import Job, job_log; print(job_log(Job({self.cluster.address!r}, {run_id!r})))"
-        )
+        job = f"Job({self.cluster.address!r}, {run_id!r})"
+        code = f"from ropewalk.infra.jobs.submit import Job, job_log; print(job_log({job}))"
         command = [sys.executable, "-c", code]
         return subprocess.run(command, env=self.cluster.environment, capture_output=True, text=True, check=False).stdout
 

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from run_records import RecordBuilder, store_with_database, write_quickstart_run
 
 from ropewalk.infra.store import Store
-from ropewalk.infra.tracking import sync
+from ropewalk.infra.tracking.sync import sync
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 

@@ -48,7 +48,7 @@ def through_engine(folder: Path, make_executor: Callable[[], Any] = lambda: None
 
 def measure(folder: Path, repetitions: int) -> dict[str, Any]:
     """Seconds per step, the calls by hand subtracted; all sides in turns."""
-    from ropewalk.infra.on_ray import RayExecutor
+    from ropewalk.infra.on_ray.executor import RayExecutor
 
     with warm_cluster() as address:
         steps = tuple(chain_pipeline.pipeline(NUM_STEPS))

@@ -37,11 +37,11 @@ from measurements import write_measurements
 from pydantic import BaseModel, ConfigDict
 from run_records import store_with_database
 
-from ropewalk.infra import tracking
-from ropewalk.infra.event_tail import EventTail
-from ropewalk.infra.mlflow_ids import ids_path, read_ids
 from ropewalk.infra.step import Pipeline, Step
 from ropewalk.infra.store import Store
+from ropewalk.infra.tracking import sync as tracking
+from ropewalk.infra.tracking.event_tail import EventTail
+from ropewalk.infra.tracking.ids import ids_path, read_ids
 
 FAULTS = {"server down": "refuse", "server slow": "slow answer", "server 403": "403", "server 500": "500"}
 FAULTS |= {"server resets": "reset"}

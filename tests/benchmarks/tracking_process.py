@@ -13,6 +13,6 @@ def await_tracking(store: Path) -> float:
     began = time.perf_counter()
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "ropewalk.infra.tracking" in words and str(store) in words:
+        if "ropewalk.infra.tracking.sync" in words and str(store) in words:
             process.wait()
     return time.perf_counter() - began

@@ -45,7 +45,14 @@ def write_record(root: Path, num_events: int) -> RecordBuilder:
 
 def measured(root: Path, uri: str, seconds: float | None) -> tuple[float, float, float]:
     """Peak memory in MiB, processor and wall seconds of the tracking process; it is stopped after `seconds`."""
-    command = [sys.executable, "-m", "ropewalk.infra.tracking", str(root), "run", *(["--follow"] if seconds else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "ropewalk.infra.tracking.sync",
+        str(root),
+        "run",
+        *(["--follow"] if seconds else []),
+    ]
     process = subprocess.Popen(command, env={**os.environ, "MLFLOW_TRACKING_URI": uri}, stderr=subprocess.DEVNULL)
     began = time.monotonic()
     if seconds:

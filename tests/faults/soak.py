@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import invariants
 from faults.random_pipelines import random_pipeline
 
-from ropewalk.infra import garbage
 from ropewalk.infra.plan import Planner
 from ropewalk.infra.store import Store
+from ropewalk.infra.upkeep import garbage
 
 DRIVER = Path(__file__).with_name("soak_driver.py")
 LEASE_SECONDS = 1.5

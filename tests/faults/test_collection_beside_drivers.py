@@ -11,8 +11,8 @@ import pytest
 from engine import run
 from faults.random_pipelines import random_pipeline
 
-from ropewalk.infra import garbage
 from ropewalk.infra.store import Store
+from ropewalk.infra.upkeep import garbage
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 DRIVER = Path(__file__).with_name("soak_driver.py")

@@ -10,7 +10,7 @@ from engine import run
 from ray_nodes import nodes
 from toy_stages import NumberConfig
 
-from ropewalk.infra.on_ray import RayExecutor
+from ropewalk.infra.on_ray.executor import RayExecutor
 from ropewalk.infra.step import Pipeline, Resources, Step, UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]

@@ -25,7 +25,7 @@ from ray_stages import (
 )
 
 from ropewalk.infra.lease import Holder
-from ropewalk.infra.on_ray import RayExecutor
+from ropewalk.infra.on_ray.executor import RayExecutor
 from ropewalk.infra.record import read_events
 from ropewalk.infra.step import Pipeline, Resources, Retries, Step, UserError
 from ropewalk.infra.store import Store

@@ -12,7 +12,7 @@ from toy_stages import diamond, executions
 from ropewalk.infra.lease import Holder, acquire
 from ropewalk.infra.plan import Planner
 from ropewalk.infra.store import Store
-from ropewalk.infra.verify import verify
+from ropewalk.infra.upkeep.verify import verify
 from ropewalk.pipelines.cli import main
 
 

@@ -12,10 +12,10 @@ from engine import run
 from faults.training_driver import NUM_STEPS, pipeline
 from shown_runs import client_of, shown_points, shown_runs
 
-from ropewalk.infra import tracking
-from ropewalk.infra.on_ray import RayExecutor
+from ropewalk.infra.on_ray.executor import RayExecutor
 from ropewalk.infra.record import read_events
 from ropewalk.infra.store import Store
+from ropewalk.infra.tracking import sync as tracking
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 DRIVER = Path(__file__).with_name("training_driver.py")

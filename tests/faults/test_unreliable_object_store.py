@@ -10,9 +10,9 @@ from faults.unreliable_server import reliable, sometimes, unreliable_server
 from object_store_server import new_bucket
 from toy_stages import diamond, executions
 
-from ropewalk.infra import object_store
 from ropewalk.infra.failures import classify
 from ropewalk.infra.record import read_events
+from ropewalk.infra.remote import object_store
 from ropewalk.infra.step import Pipeline, Retries
 from ropewalk.infra.store import Store
 

@@ -9,7 +9,7 @@ import engine
 import ray_stages
 from training_examples import config, counting_rows, write_rows, write_tokenizer
 
-from ropewalk.infra.on_ray import RayExecutor
+from ropewalk.infra.on_ray.executor import RayExecutor
 from ropewalk.infra.step import External, Pipeline, Resources, Retries, Step
 from ropewalk.stages.training import train
 

@@ -2,8 +2,8 @@ import pytest
 from run_records import store_with_database, write_quickstart_run
 from stores import elsewhere, kind_of_store, store_uri
 
-from ropewalk.infra import tracking
 from ropewalk.infra.store import Store
+from ropewalk.infra.tracking import sync as tracking
 
 __all__ = ["elsewhere", "kind_of_store", "store_uri"]
 

@@ -59,7 +59,7 @@ def test_a_file_that_is_removed_while_its_folder_is_listed_is_left_out(objects, 
         """Removes a file after it was listed."""
 
         def __init__(self, place):
-            super().__init__(list_folder(place))
+            super().__init__(sorted(list_folder(place), key=lambda entry: entry.name))
             (objects.root / "folder" / "gone").unlink(missing_ok=True)
 
         def __enter__(self):

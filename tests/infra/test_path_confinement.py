@@ -9,7 +9,7 @@ from engine import plan, run, statuses
 from toy_reader import reading, texts
 from toy_stages import NumberConfig, diamond
 
-from ropewalk.infra.mirror import WorkMirror
+from ropewalk.infra.remote.work_mirror import WorkMirror
 from ropewalk.infra.step import Pipeline, Step, UserError
 from ropewalk.infra.store import Store, StoreError
 

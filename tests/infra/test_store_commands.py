@@ -12,7 +12,7 @@ from small_hub import COMMIT
 from toy_stages import diamond
 
 from ropewalk.infra.store import Store
-from ropewalk.infra.verify import verify
+from ropewalk.infra.upkeep.verify import verify
 from ropewalk.pipelines.cli import main
 
 PIPELINE = str(Path(__file__).parents[1] / "toy_pipeline.py")

@@ -53,7 +53,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     made = probe(folder, "run", chain_pipeline.__file__, "--executor", "local", "--store", str(folder / "store"))
     # The probe sees what it is to see: this run did start the tracking process.
-    assert any("ropewalk.infra.tracking" in words for words in made["programs"])
+    assert any("ropewalk.infra.tracking.sync" in words for words in made["programs"])
     return folder / "store"
 
 

@@ -18,7 +18,7 @@ from faulty_proxy import Fault, FaultyProxy, faulty_mlflow
 from run_records import RecordBuilder, small_record, store_with_database
 from shown_runs import client_of, recorded_points, shown_points, shown_runs
 
-from ropewalk.infra.mlflow_database import open_client
+from ropewalk.infra.tracking.database import open_client
 
 
 def ropewalk(*arguments: str, uri: str = "", timeout_seconds: int = 1) -> subprocess.Popen[str]:

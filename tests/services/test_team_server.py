@@ -17,7 +17,7 @@ from object_store_server import new_bucket, object_store_server
 from shown_runs import recorded_points, shown_points, shown_runs
 from team_server import MlflowServer, postgres
 
-from ropewalk.infra.mlflow_database import open_client
+from ropewalk.infra.tracking.database import open_client
 
 pytestmark = pytest.mark.services
 PIPELINE = Path(metric_stages.__file__)
