@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install install-dev quickstart test test-faults test-services soak lint clean help
+.PHONY: install install-dev quickstart test test-faults test-services soak bench-engine bench-tracking lint clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -34,6 +34,12 @@ test-services: $(VENV)/.installed-dev  ## PostgreSQL, S3 and the MLflow server o
 	$(PIP) --constraint constraints.txt --editable ".[dev,services]"
 	tests/services/install_postgresql.sh
 	$(BIN)/python -m pytest -m services
+
+bench-engine: $(VENV)/.installed-dev  ## Speed of the engine beside DVC, Snakemake, redun and Prefect; OUTPUT=FILE.json
+	$(BIN)/python tests/benchmarks/engine_speed.py --output $(or $(OUTPUT),build/engine_speed.json) $(if $(ENVIRONMENTS),--environments $(ENVIRONMENTS))
+
+bench-tracking: $(VENV)/.installed-dev  ## Step time of a training while MLflow is down, slow or failing; OUTPUT=FILE.json
+	$(BIN)/python tests/benchmarks/tracking_outage.py --output $(or $(OUTPUT),build/tracking_outage.json)
 
 lint: $(VENV)/.installed-dev  ## ruff, pyright and import-linter
 	$(BIN)/ruff check .
