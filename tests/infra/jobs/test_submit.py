@@ -94,7 +94,7 @@ def test_a_run_is_followed_from_outside_while_it_goes_on(user, gate):
     submitted = user.submit(*options)
     run_id = submitted["run_id"]
     assert submitted["status"] == "submitted"
-    user.wait_for(run_id, ("step_started", "second"))
+    user.wait_for(run_id, ("running", "second"))
     assert last_json(user.command("status", "--json").stdout)["runs"][0]["running"] == ["second"]
     with user.started("logs", run_id, "second", "--follow") as following:
         assert following.stdout.readline() == "==> second, attempt 1 <==\n"
