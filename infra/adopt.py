@@ -127,8 +127,8 @@ def _resolve_adopted(store: Store, name: str, place: str) -> Outside:
 
 def _path_document(store: Store, external: External, source: str) -> dict[str, Any]:
     root = Path(external.path).expanduser().resolve()
-    entries = digest_files(external, source, store.external_cache)
-    paths = dict(external_files(external, source))
+    entries = digest_files(external, "adopt", store.external_cache)
+    paths = dict(external_files(external, "adopt"))
     files = [
         {"path": path, "size": size, "sha256": digest, "mtime_ns": paths[path].stat().st_mtime_ns}
         for path, size, digest in entries

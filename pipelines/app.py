@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import wraps
-from typing import Any, get_type_hints
+from importlib import metadata
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from pydantic import ValidationError
@@ -70,6 +71,22 @@ def command(panel: str, *examples: str) -> Callable[[Command], Command]:
         return function
 
     return register
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"ropewalk {metadata.version('ropewalk')}\n")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+]
+
+
+@app.callback()
+def _without_command(version: VersionOption = False) -> None:
+    """What `ropewalk` takes before a command."""
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,10 @@ def test_status_watch_goes_on_until_ctrl_c(home, first_run):
     watching.send_signal(signal.SIGINT)
     shown, _ = watching.communicate(timeout=20)
     assert watching.returncode == 0 and first_run["run_id"] in shown and "Ctrl-C ends this" in shown
+
+
+def test_version_is_that_of_the_installed_package(home):
+    assert ropewalk(home, "--version").stdout == f"ropewalk {metadata.version('ropewalk')}\n"
 
 
 def test_plan_and_help_import_nothing_heavy(home):
