@@ -9,8 +9,8 @@ import time
 
 from ropewalk.infra import record
 from ropewalk.infra.step import UserError
-from ropewalk.infra.store import Store
 from ropewalk.infra.tracking.event_tail import EventTail
+from ropewalk.pipelines.open_store import open_store
 from ropewalk.pipelines.output import PLAIN, console_on, emit
 from ropewalk.pipelines.records import find_run, has_begun
 
@@ -19,7 +19,7 @@ def cancel_run(store_uri: str, run_id: str, *, now: bool, as_json: bool) -> int:
     """Ask a run to stop: by a note in the store, and by a signal if its driver is on this machine."""
     from ropewalk.infra.jobs.submit import read_job
 
-    store = Store(store_uri)
+    store = open_store(store_uri)
     run_id = find_run(store, run_id, submitted=True)
     if not has_begun(store, run_id):
         job = read_job(store, run_id)

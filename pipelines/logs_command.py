@@ -12,6 +12,7 @@ from ropewalk.infra.run_logs import RunLogs, print_logs
 from ropewalk.infra.step import UserError, unknown
 from ropewalk.infra.store import Store
 from ropewalk.infra.tracking.event_tail import EventTail
+from ropewalk.pipelines.open_store import open_store
 from ropewalk.pipelines.output import emit
 from ropewalk.pipelines.records import find_run, has_begun
 
@@ -26,7 +27,7 @@ def show_logs(
     store_uri: str, run_id: str, step: str | None, *, attempt: int | None, follow: bool, as_json: bool
 ) -> int:
     """Print the logs of a run; with `follow`, go on until the run has ended."""
-    store = Store(store_uri)
+    store = open_store(store_uri)
     run_id = find_run(store, run_id, submitted=follow)
     store.pull_runs(logs_of=run_id)
     ending = Ending(store, run_id)
@@ -110,7 +111,7 @@ def show_driver_log(store_uri: str, run_id: str, address: str | None, *, follow:
     if address:
         job = Job(address, run_id)
     else:
-        store = Store(store_uri)
+        store = open_store(store_uri)
         # A job that waits for its turn has no record of a run yet.
         run_id = find_run(store, run_id, submitted=True)
         job = read_job(store, run_id)

@@ -14,8 +14,8 @@ from ropewalk.infra import record
 from ropewalk.infra.plan import Planner, Selection, StepPlan, check_selection
 from ropewalk.infra.reasons import Reason, differences
 from ropewalk.infra.step import Step
-from ropewalk.infra.store import Store
 from ropewalk.pipelines.load import Loaded, load_pipeline
+from ropewalk.pipelines.open_store import open_store
 from ropewalk.pipelines.output import PLAIN, console_on, emit
 
 Request = Mapping[str, Any]
@@ -31,12 +31,12 @@ def load(request: Request) -> Loaded:
 
 def make_plan(request: Request, store_uri: str) -> list[StepPlan]:
     """The plan of a whole pipeline."""
-    return Planner(load(request).pipeline, Store(store_uri)).plan()
+    return Planner(load(request).pipeline, open_store(store_uri)).plan()
 
 
 def plan_pipeline(request: Request, store_uri: str, selection: Selection, exit_code: bool, as_json: bool) -> int:
     """Show a plan; with `exit_code`, 2 if work remains."""
-    plans = check_selection(Planner(load(request).pipeline, Store(store_uri), selection))
+    plans = check_selection(Planner(load(request).pipeline, open_store(store_uri), selection))
     if as_json:
         emit({"steps": [{**plan.to_json(), "selected": plan.selected} for plan in plans]})
     else:
@@ -55,7 +55,7 @@ def show_plan(plans: list[StepPlan], console: Console) -> None:
 
 def explain_step(request: Request, store_uri: str, name: str, as_json: bool) -> int:
     """Say why a step is fresh or stale, and what its identity is made of."""
-    loaded, store = load(request), Store(store_uri)
+    loaded, store = load(request), open_store(store_uri)
     step = loaded.pipeline[name]
     plan = next(p for p in Planner(loaded.pipeline, store).plan() if p.name == name)
     changes = [change.text for change in _changes(step, plan, record.previous_step(store, loaded.pipeline.name, name))]

@@ -23,6 +23,7 @@ from ropewalk.infra.step import Step, UserError
 from ropewalk.infra.store import Store
 from ropewalk.pipelines.display import Display
 from ropewalk.pipelines.load import Loaded
+from ropewalk.pipelines.open_store import open_store
 from ropewalk.pipelines.options import PolicyOptions
 from ropewalk.pipelines.output import PLAIN, emit, lasting_console
 from ropewalk.pipelines.plan_commands import Request, load, show_plan
@@ -44,7 +45,7 @@ def run_pipeline(
 ) -> int:
     """Run a pipeline and report how it went; 0 if everything asked for succeeded, 130 if it was cancelled."""
     loaded = load(request)
-    store = Store(store_uri)
+    store = open_store(store_uri)
     planner = Planner(loaded.pipeline, store, selection)
     plans = check_selection(planner)
     console = lasting_console(sys.stderr if as_json else sys.stdout)
@@ -90,7 +91,7 @@ def rerun_request(
 
     The step that is named, and those of --from, run anew. Without any choice the run's own one holds.
     """
-    store = Store(store_uri)
+    store = open_store(store_uri)
     run_id = find_run(store, run_id)
     request = record.read_run(store, run_id)["request"]
     if "pipeline" not in request:

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ropewalk.infra.step import UserError, unknown
-from ropewalk.infra.store import Store
 from ropewalk.pipelines import records
+from ropewalk.pipelines.open_store import open_store
 from ropewalk.pipelines.output import PLAIN, console_on, emit
 
 WATCH_SECONDS = 2.0
@@ -22,7 +22,7 @@ STYLES = {"ran": "green", "reused": "green", "failed": "red"}
 
 def show_status(store_uri: str, as_json: bool) -> int:
     """List the runs of a store."""
-    store = Store(store_uri)
+    store = open_store(store_uri)
     rows = records.rows(store)
     for row in rows:
         if "error" in row:
@@ -38,7 +38,7 @@ def show_status(store_uri: str, as_json: bool) -> int:
 
 def watch_status(store_uri: str, as_json: bool) -> int:
     """Show the runs of a store, newest first, until Ctrl-C; with `as_json`, end with how they stood last."""
-    store = Store(store_uri)
+    store = open_store(store_uri)
     console = console_on(sys.stderr if as_json else sys.stdout)
     rows: list[dict[str, Any]] = []
     try:
@@ -66,7 +66,7 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
 
 def show_run(store_uri: str, run_id: str, step: str | None, as_json: bool) -> int:
     """Show a run or one of its steps."""
-    store = Store(store_uri)
+    store = open_store(store_uri)
     view = records.view(store, records.find_run(store, run_id))
     if step is not None and step not in view.steps:
         raise UserError(f"run {view.run_id}: {unknown('step', step, list(view.steps))}")

@@ -15,6 +15,7 @@ from ropewalk.infra.store import Store
 from ropewalk.infra.upkeep import garbage
 from ropewalk.infra.upkeep.garbage import Garbage
 from ropewalk.infra.upkeep.verify import Verdict, verify
+from ropewalk.pipelines.open_store import open_store
 from ropewalk.pipelines.output import PLAIN, console_on, emit
 from ropewalk.pipelines.plan_commands import make_plan
 from ropewalk.pipelines.records import find_run
@@ -33,7 +34,7 @@ def verify_outputs(
     as_json: bool,
 ) -> int:
     """Check committed outputs; 1 if any is corrupt."""
-    store = Store(store_uri)
+    store = open_store(store_uri)
     keys = _chosen_keys(request, store, store_uri, run_id, key)
     verdicts = _verify_with_progress(store, keys, deep=deep, repair=repair)
     corrupt = [verdict for verdict in verdicts if verdict.status == "CORRUPT"]
@@ -61,7 +62,7 @@ def collect_garbage(
     store_uri: str, keep_runs: int, grace_hours: float, *, yes: bool, with_runs: bool, as_json: bool
 ) -> int:
     """Show or remove what no kept run uses."""
-    store = Store(store_uri)
+    store = open_store(store_uri)
     policy = garbage.parse_policy(keep_runs, grace_hours)
     with Console(stderr=True).status("looking for what no kept run uses"):
         dropped = garbage.drop_runs(store, policy, act=yes) if with_runs else []
@@ -77,7 +78,7 @@ def collect_garbage(
 
 def pin_runs(store_uri: str, pin: list[str], unpin: list[str], as_json: bool) -> int:
     """Keep what runs use for ever, or no longer; nothing is removed."""
-    store = Store(store_uri)
+    store = open_store(store_uri)
     pinned = {find_run(store, run_id): True for run_id in pin}
     pinned |= {find_run(store, run_id): False for run_id in unpin}
     for run_id, is_pinned in pinned.items():
@@ -95,7 +96,7 @@ def adopt_data(
     """Register outside data under a name."""
     external = External(source, tuple(include) or ("**/*",), tuple(exclude))
     with Console(stderr=True).status(f"reading {source}"):
-        document = adopt(Store(store_uri), source, name, external, copy=copy)
+        document = adopt(open_store(store_uri), source, name, external, copy=copy)
     if as_json:
         facts = {field: document[field] for field in ("name", "number", "kind", "source", "digest")}
         num_bytes = sum(entry["size"] for entry in document["files"])

@@ -17,9 +17,9 @@ from ropewalk.infra.jobs import submit
 from ropewalk.infra.record import new_run_id
 from ropewalk.infra.scrub import scrub
 from ropewalk.infra.step import Pipeline, UserError
-from ropewalk.infra.store import Store
 from ropewalk.pipelines.load import load_pipeline
 from ropewalk.pipelines.logs_command import WholeLines
+from ropewalk.pipelines.open_store import open_store
 from ropewalk.pipelines.options import PipelineOptions, PolicyOptions, SelectionOptions, as_arguments
 from ropewalk.pipelines.output import PLAIN, console_on, emit
 
@@ -106,7 +106,7 @@ def submit_pipeline(asked: Asked, *, address: str, wait: bool, wheel: Path | Non
             console.print("building the wheel of this code", **PLAIN)
         code = unpack_wheel(Path(scratch) / "wheel", wheel)
         working_dir = _working_dir(file, Path(scratch) / "pipeline")
-        store = Store(store_uri)
+        store = open_store(store_uri)
         if store.is_local and not same_machine:
             store = None  # A folder that the nodes share; whether this machine sees it is not known.
         try:

@@ -14,6 +14,7 @@ from ropewalk.infra.record import run_ids
 from ropewalk.infra.step import UserError
 from ropewalk.infra.store import Store
 from ropewalk.infra.tracking import sync as tracking
+from ropewalk.pipelines.open_store import open_store
 from ropewalk.pipelines.output import PLAIN, console_on, emit
 from ropewalk.pipelines.records import find_run
 
@@ -55,7 +56,7 @@ def sync_runs(store_uri: str, run_id: str | None, *, all_runs: bool, as_json: bo
     """Bring MLflow up to date with a run's record (default: the last run's), or with all; 1 if it did not take some."""
     if all_runs and run_id:
         raise UserError("sync takes a RUN or --all, not both")
-    store = Store(store_uri)
+    store = open_store(store_uri)
     return _sync_all(store, as_json) if all_runs else _sync_one(store, find_run(store, run_id or "last"), as_json)
 
 
@@ -91,7 +92,7 @@ def show_ui(store_uri: str, host: str, port: int, as_json: bool) -> int:
     """Serve the MLflow UI until Ctrl-C; with `as_json`, the object tells where, as soon as it answers."""
     from ropewalk.infra.tracking.ui import serve_ui
 
-    return serve_ui(Store(store_uri), host=host, port=port, on_ready=emit if as_json else None)
+    return serve_ui(open_store(store_uri), host=host, port=port, on_ready=emit if as_json else None)
 
 
 def _tell(text: str) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from ropewalk.infra.doctor.machine import Check
 from ropewalk.infra.objects import Objects
-from ropewalk.infra.remote.reachable import why_unreachable
+from ropewalk.infra.remote.reachable import why_endpoint_silent
 from ropewalk.infra.scrub import scrub_text
 from ropewalk.infra.step import UserError
 from ropewalk.infra.store import Store
@@ -64,11 +64,9 @@ def _probe(objects: Objects) -> bool:
 
 def _require_endpoint(store: Store) -> None:
     """Fail at once where the client would try for a minute: nobody listens at the address the environment names."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT")
-    reason = why_unreachable(endpoint) if endpoint and store.uri.startswith("s3://") else None
-    if endpoint and reason:
-        shown = scrub_text(endpoint)
-        raise UserError(f"nothing answers at {shown} ({reason}): start it, or change AWS_ENDPOINT_URL")
+    reason = why_endpoint_silent(store.uri)
+    if reason:
+        raise UserError(reason)
 
 
 def _advice(store_uri: str) -> str:

@@ -2,7 +2,8 @@
 
 Exclusive creation is the store's own conditional write (`If-None-Match: *` and its like). Endpoint, region and
 credentials come from the usual environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS,
-AZURE_STORAGE_ACCOUNT_NAME, ..., or the machine's own identity), never from the URI, so that no record holds a secret.
+AZURE_STORAGE_ACCOUNT_NAME, ..., `aws_profile`, or the machine's own identity), never from the URI, so that no record
+holds a secret.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from obstore.store import from_url
 from ropewalk.infra.artifact import num_threads
 from ropewalk.infra.key import sha256_hex
 from ropewalk.infra.objects import file_sha256, naming
+from ropewalk.infra.remote.aws_profile import profile_credentials
+from ropewalk.infra.remote.reachable import s3_endpoint
 from ropewalk.infra.step import UserError
 
 CHUNK_BYTES = 8 << 20
@@ -35,7 +38,6 @@ MAX_PARTS = 9_000
 FILES_AT_ONCE = 4
 PARTS_AT_ONCE = 4
 """Together they bound the memory of a transfer: 4 x 4 x 8 MiB for files below 70 GiB."""
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 RETRY_SECONDS = 60
 """How long a request is sent again before it is given up."""
 ANSWER_SECONDS = 30
@@ -48,7 +50,8 @@ _NOT_ALLOWED = re.compile(r"status code: (401|403)")
 _IDENTITY = re.compile(r"169\.254\.169\.254|/latest/api/token|metadata\.google\.internal|/metadata/identity")
 """Of a request to the service from which a machine in a cloud has its identity: asked where nothing else is set."""
 NO_CREDENTIALS = (
-    "there are no credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or for gs://"
+    "there are no credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and"
+    " boto3, or for gs://"
     " GOOGLE_APPLICATION_CREDENTIALS, for az:// AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY), and the"
     " machine has no identity of its own"
 )
@@ -77,15 +80,16 @@ def open_objects(uri: str) -> ObjectStoreObjects:
 
 def _client(uri: str, seconds: float) -> Any:
     """A client of which each request may take so long. A server that is silent is given up after two of them."""
-    endpoints = [os.environ.get(name, "") for name in ENDPOINTS] if uri.startswith("s3://") else []
+    endpoint = s3_endpoint(uri)
     # Without encryption only where the user has named such an endpoint.
-    is_plain = any(endpoint.startswith("http://") for endpoint in endpoints)
+    is_plain = endpoint is not None and endpoint[1].startswith("http://")
     options: Any = {"timeout": timedelta(seconds=seconds), "allow_http": is_plain}
     # By default the pauses between retries hardly grow, and a busy store is given up after a second.
     backoff = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 3}
     again = timedelta(seconds=min(RETRY_SECONDS * seconds / ANSWER_SECONDS, 2 * seconds))
     retries: Any = {"max_retries": 1000, "retry_timeout": again, "backoff": backoff}
-    return from_url(uri, client_options=options, retry_config=retries)
+    profile: Any = profile_credentials() if uri.startswith("s3://") else None
+    return from_url(uri, client_options=options, retry_config=retries, credential_provider=profile)
 
 
 class Entry(NamedTuple):
