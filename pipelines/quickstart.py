@@ -12,6 +12,7 @@ hundred steps; with longer rows from the start it did not form at all (pipelines
 from __future__ import annotations
 
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from ropewalk.infra.step import External, Pipeline, Resources, Step
@@ -26,13 +27,27 @@ from ropewalk.stages.training.rope import RopeConfig
 BASE_WINDOW = 512
 LONG_WINDOW = 4096
 
+
+@dataclass(frozen=True)
+class Lesson:
+    """Rows of one length in the base model's curriculum."""
+
+    row_tokens: int
+    num_steps: int
+    repeats: float
+    """Share of rows that repeat themselves."""
+    num_facts_max: int
+    question_targets: bool
+    """At first: retrieval then forms for every seed. Later they would teach which keys training has, and unseen ones
+    would be found less."""
+
+
 CURRICULUM = (
-    # row_tokens, steps, share of rows that repeat themselves
-    (32, 270, 0.5),
-    (64, 135, 0.4),
-    (128, 135, 0.3),
-    (256, 180, 0.2),
-    (BASE_WINDOW, 180, 0.1),
+    Lesson(32, 270, 0.5, 8, question_targets=True),
+    Lesson(64, 135, 0.4, 8, question_targets=True),
+    Lesson(128, 135, 0.3, 12, question_targets=False),
+    Lesson(256, 180, 0.2, 24, question_targets=False),
+    Lesson(BASE_WINDOW, 180, 0.1, 32, question_targets=False),
 )
 BATCH_TOKENS = 8192
 EXTEND_STEPS = 100
@@ -119,27 +134,29 @@ def _ingest(corpus: Path | None, pattern: str) -> Step:
 def _base(tokens: Step, encoded: Step) -> list[Step]:
     """A small Llama trained from scratch on windows that grow; the last step is the model."""
     lessons = {
-        f"rows-{window}": Step(
-            f"lesson-{window}",
+        f"rows-{lesson.row_tokens}": Step(
+            f"lesson-{lesson.row_tokens}",
             plant,
             plant.PlantConfig(
-                row_tokens=window,
-                num_rows=steps * BATCH_TOKENS // window,
+                row_tokens=lesson.row_tokens,
+                num_rows=lesson.num_steps * BATCH_TOKENS // lesson.row_tokens,
                 episode_fraction=0.3,
-                repeat_fraction=repeats,
+                repeat_fraction=lesson.repeats,
+                num_facts_max=lesson.num_facts_max,
                 enable_fewer_facts=True,
-                seed=window,
+                enable_question_targets=lesson.question_targets,
+                seed=lesson.row_tokens,
             ),
             inputs={"tokens": tokens, "tokenizer": encoded},
         )
-        for window, steps, repeats in CURRICULUM
+        for lesson in CURRICULUM
     }
     base = Step(
         "base",
         train,
         train.TrainConfig(
             model=ModelConfig(hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=4, intermediate_size=320),
-            phases=tuple(train.Phase(rows=f"rows-{window}", num_steps=steps) for window, steps, _ in CURRICULUM),
+            phases=tuple(train.Phase(rows=f"rows-{each.row_tokens}", num_steps=each.num_steps) for each in CURRICULUM),
             batch_tokens=BATCH_TOKENS,
             learning_rate=3e-3,
             warmup_steps=100,
@@ -173,7 +190,11 @@ def _synthesis(ingested: Step, encoded: Step, tokens: Step, style: EpisodeFormat
             num_rows=num_rows,
             episode_fraction=1.0,
             repeat_fraction=0.0,
+            num_facts_min=16,
+            num_facts_max=64,
+            enable_fewer_facts=True,
             episode=style,
+            enable_question_targets=False,
             seed=LONG_WINDOW,
         ),
         inputs={"tokens": tokens, "tokenizer": encoded},

@@ -84,7 +84,7 @@ def view(store: Store, run_id: str, *, with_metrics: bool = True) -> RunView:
         steps: dict[str, dict[str, Any]] = {}
         ending = None
         for event in _events(store, run_id, with_metrics):
-            _learn(steps, event, store.root / "runs" / run_id / "logs")
+            _learn(steps, event, f"{store.uri}/runs/{run_id}/logs")
             ending = event["status"] if event["type"] == "run_finished" else ending
         driver = record.driver_state(description)
         status = ending or UNFINISHED.get(driver) or f"unfinished on {description['host']}"
@@ -119,7 +119,7 @@ def _events(store: Store, run_id: str, with_metrics: bool) -> Iterator[dict[str,
                 yield json.loads(line)
 
 
-def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], logs: Path) -> None:
+def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], logs: str) -> None:
     """Take in the next event of a run."""
     kind = event["type"]
     if kind == "run_started":
@@ -130,7 +130,7 @@ def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], logs: Path) 
         return
     if kind == "step_started":
         facts = {key: event[key] for key in ("key", "attempt", "inputs", "reason")}
-        step.update(status="queued", log=str(logs / event["step"] / f"{event['attempt']}.log"), **facts)
+        step.update(status="queued", log=f"{logs}/{event['step']}/{event['attempt']}.log", **facts)
         step["attempts"].append({"attempt": event["attempt"]})
     elif kind in UNDER_WAY:
         step["status"] = UNDER_WAY[kind]

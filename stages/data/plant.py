@@ -10,8 +10,9 @@ episode   a window with facts at random places, then all their questions, in ran
           are of the training pool of `ropewalk.stages.episodes`.
 
 Each window goes on where the one of the row before ended; finished rows are shuffled. `loss_mask` is True but for
-position 0 and, in episodes, the facts: their keys and values are random, nothing predicts them. Questions are targets:
-without them retrieval formed for some seeds of the quickstart only, with them for all (pipelines/README.md).
+position 0 and, in episodes, the facts: their keys and values are random, nothing predicts them. Questions are targets
+unless the config says no: in short rows they let retrieval form, and once it has, keys that were never trained on are
+found more often without them (pipelines/README.md).
 Attention is causal across documents. Lost: what lies behind the last window; documents that no row has a piece of are
 counted. If the corpus is too small it is read again in another order: see the count `num_epochs`.
 
@@ -79,6 +80,8 @@ class PlantConfig(Record):
     """Where `num_facts_max`, or even `num_facts_min`, facts do not fit, plant as many as do. Otherwise an error."""
     episode: EpisodeFormat = EpisodeFormat()
     """How facts and questions are written."""
+    enable_question_targets: bool = True
+    """Questions are targets, not only their answers."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -165,6 +168,8 @@ def episode_row(
     num_facts: int,
     rng: np.random.Generator,
     bos: int,
+    *,
+    question_targets: bool,
 ) -> PlantedRow:
     """`bos`, the window with facts planted between its tokens, and every question with its answer."""
     import numpy as np
@@ -179,7 +184,7 @@ def episode_row(
             parts.append((writer.fact(*facts[number]), False))
     for number in rng.permutation(num_facts).tolist():
         key, value = facts[number]
-        parts += [(writer.question(key), True), (value, True)]
+        parts += [(writer.question(key), question_targets), (value, True)]
     input_ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in parts])
     loss_mask = np.repeat([target for _, target in parts], [len(ids) for ids, _ in parts])
     return PlantedRow(input_ids, loss_mask, _cut_pieces(pieces, cuts, writer.fact_tokens))
@@ -217,7 +222,10 @@ class RowMaker:
             return text_row(window, pieces, self.config.row_tokens, self.bos_token_id)
         assert self.writer is not None
         rng = seeded_rng(NAME, "episode", self.config.seed, number)
-        return episode_row(window, pieces, self.writer, plan.num_facts, rng, self.bos_token_id)
+        targets = self.config.enable_question_targets
+        return episode_row(
+            window, pieces, self.writer, plan.num_facts, rng, self.bos_token_id, question_targets=targets
+        )
 
 
 def rows_table(row_ids: Sequence[str], rows: Sequence[PlantedRow], doc_ids: Sequence[str]) -> pa.Table:

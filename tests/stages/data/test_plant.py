@@ -45,7 +45,7 @@ def plant_rows(tmp_path, home, documents, **fields):
     return run_stage(plant, PlantConfig(**fields), {"tokens": tokens, "tokenizer": folder}, tmp_path / "out")
 
 
-def parse(row, documents, writer, info):
+def parse(row, documents, writer, info, question_targets=True):
     """Check one row token by token and say what it is: (kind, facts).
 
     Reads the row from left to right with a grammar of its own: a position is text, the end mark, or, where a marker
@@ -84,7 +84,7 @@ def parse(row, documents, writer, info):
             _, key, value = ids[position : position + 3]
             assert key not in asked
             asked[key] = value
-            assert mask[position : position + 3] == [True] * 3
+            assert mask[position : position + 3] == [question_targets, question_targets, True]
             position += 3
         else:
             assert ids[position] == info.eos_token_id
@@ -102,12 +102,14 @@ def parse(row, documents, writer, info):
     row_tokens=st.integers(24, 80),
     num_rows=st.integers(1, 30),
     seed=st.integers(0, 3),
+    targets=st.booleans(),
 )
 def test_every_token_is_text_a_mark_a_fact_or_a_question(
-    tmp_path_factory, tokenizer_home, lengths, row_tokens, num_rows, seed
+    tmp_path_factory, tokenizer_home, lengths, row_tokens, num_rows, seed, targets
 ):
     documents = text_documents(lengths)
     fields = {"row_tokens": row_tokens, "num_rows": num_rows, "seed": seed, "num_facts_min": 1, "num_facts_max": 2}
+    fields["enable_question_targets"] = targets
     out = plant_rows(tmp_path_factory.mktemp("plant"), tokenizer_home, documents, **fields)
     _, tokenizer, info = tokenizer_home
     writer = episode_writer(EpisodeFormat(), tokenizer, info)
@@ -119,7 +121,7 @@ def test_every_token_is_text_a_mark_a_fact_or_a_question(
     for row in rows:
         assert len(row["input_ids"]) == len(row["loss_mask"]) == row_tokens
         assert row["attention"] == "causal"
-        kind, facts = parse(row, documents, writer, info)
+        kind, facts = parse(row, documents, writer, info, targets)
         kinds[kind] += 1
         num_facts += len(facts)
     assert kinds["episode"] == counts["num_episode_rows"]
