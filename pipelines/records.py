@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def view(store: Store, run_id: str, *, with_metrics: bool = True) -> RunView:
         steps: dict[str, dict[str, Any]] = {}
         ending = None
         for event in _events(store, run_id, with_metrics):
-            _learn(steps, event, f"{store.uri}/runs/{run_id}/logs")
+            _learn(steps, event, lambda *of: _log_place(store, run_id, *of))
             ending = event["status"] if event["type"] == "run_finished" else ending
         driver = record.driver_state(description)
         status = ending or UNFINISHED.get(driver) or f"unfinished on {description['host']}"
@@ -119,7 +119,7 @@ def _events(store: Store, run_id: str, with_metrics: bool) -> Iterator[dict[str,
                 yield json.loads(line)
 
 
-def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], logs: str) -> None:
+def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], log_place: Callable[[str, str], str]) -> None:
     """Take in the next event of a run."""
     kind = event["type"]
     if kind == "run_started":
@@ -130,7 +130,7 @@ def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], logs: str) -
         return
     if kind == "step_started":
         facts = {key: event[key] for key in ("key", "attempt", "inputs", "reason")}
-        step.update(status="queued", log=f"{logs}/{event['step']}/{event['attempt']}.log", **facts)
+        step.update(status="queued", log=log_place(event["step"], event["attempt"]), **facts)
         step["attempts"].append({"attempt": event["attempt"]})
     elif kind in UNDER_WAY:
         step["status"] = UNDER_WAY[kind]
@@ -143,6 +143,12 @@ def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], logs: str) -
         step["metrics"].update(event["metrics"])
     if kind in ENDED:
         step.update(status=ENDED[kind], **_some(event, "key", "output", "seconds", "reason", "error"))
+
+
+def _log_place(store: Store, run_id: str, step: str, attempt: str) -> str:
+    """The file of an attempt's log, or the folder of its pieces in an object store."""
+    place = f"{store.uri}/runs/{run_id}/logs/{step}/{attempt}.log"
+    return place if store.is_local else f"{place}.d"
 
 
 def _some(event: dict[str, Any], *names: str) -> dict[str, Any]:

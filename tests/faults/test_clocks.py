@@ -83,7 +83,7 @@ def set_times(root, seconds):
         os.utime(path, (seconds, seconds))
 
 
-@pytest.mark.parametrize("seconds", [0, time.time() + 50 * 365 * 24 * HOUR])
+@pytest.mark.parametrize("seconds", [0, 3.4e9])  # 1970 and 2077
 def test_leaps_of_file_times_change_nothing(tmp_path, seconds):
     outside = tmp_path / "outside"
     outside.mkdir()
