@@ -19,12 +19,15 @@ install-dev: $(VENV)/.installed-dev  ## The same, with the development tools
 quickstart: $(VENV)/.installed  ## Install, then run the whole chain on this machine
 	$(BIN)/ropewalk run quickstart
 
+# Many tests wait for servers and processes: two files of tests at a time fill two cores.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --durations=15
+
 test: $(VENV)/.installed-dev  ## Lint, types, import contracts and all tests
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-faults: $(VENV)/.installed-dev  ## The long tests: kills, damage, full disks, two drivers, a short soak
-	$(BIN)/python -m pytest -m faults
+	$(PYTEST) -m faults
 
 MINUTES ?= 10
 soak: $(VENV)/.installed-dev  ## Random pipelines, drivers, kills and damage for MINUTES=10; SEED=... repeats a soak
