@@ -7,11 +7,11 @@ vocabulary, so the ids of ordinary tokens do not depend on them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ropewalk.stages import checkpoint
 from ropewalk.stages.schema import TokenizerInfo
 
 
@@ -67,8 +67,8 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """sha256 hex of the `tokenizer.json` in a model, tokenizer or artifact folder."""
-    return hashlib.sha256((tokenizer_folder(folder) / "tokenizer.json").read_bytes()).hexdigest()
+    """sha256 hex of the `tokenizer.json` in a model, tokenizer or artifact folder. Raises ValueError without one."""
+    return checkpoint.tokenizer_digest(tokenizer_folder(folder))
 
 
 def add_markers(tokenizer: Any, markers: Sequence[str]) -> dict[str, int]:
