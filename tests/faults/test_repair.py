@@ -55,8 +55,9 @@ def test_an_output_that_is_withdrawn_while_a_run_waits_for_it_is_made_anew(store
     def commit_and_withdraw():
         attempt = store.begin(key, "other")
         (attempt.data / "value.json").write_text("3")
-        store.commit(attempt, {"run_id": "other-run", "code": {}}, number=0)
+        # Withdrawn first, so that the run that waits cannot see it in between.
         store.withdraw(key, 0, "test", "it was damaged")
+        store.commit(attempt, {"run_id": "other-run", "code": {}}, number=0)
         held.release()
 
     timer = threading.Timer(1.0, commit_and_withdraw)

@@ -1,18 +1,14 @@
 """A store that cannot be written, or not be read: one sentence with the path, and nothing is taken for missing."""
 
-import os
-import shutil
 import stat
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from engine import plan, run, statuses
 from faults.namespaces import run_on_small_disk
+from faults.permissions import permissions_that_bind
 from toy_stages import diamond
 
-NOBODY = 65534
 DRIVER = Path(__file__).with_name("read_only_driver.py")
 
 
@@ -25,28 +21,12 @@ def test_a_read_only_store_can_be_planned_and_refuses_a_run_by_path(tmp_path):
 
 
 @pytest.fixture
-def shared():
-    """A store in a folder that every user can enter."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder / "store"
-    for path in folder.rglob("*"):
+def shared(tmp_path):
+    """A store whose permissions are given back in the end."""
+    yield tmp_path / "store"
+    for path in tmp_path.rglob("*"):
         if path.is_dir():
             path.chmod(0o755)
-    shutil.rmtree(folder)
-
-
-@contextmanager
-def permissions_that_bind():
-    """Permission bits do not bind root, so root becomes somebody else for a while."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def withdraw_permission(root, bits, pattern):
@@ -70,9 +50,6 @@ def test_without_permission_to_write_plans_work_and_runs_are_refused_by_path(sha
 def test_without_permission_to_write_objects_the_step_fails_by_path_and_can_be_run_later(shared):
     undisturbed = run(diamond(value=5), shared.parent / "undisturbed")
     run(diamond(), shared)
-    if os.geteuid() == 0:
-        for path in (shared, *shared.rglob("*")):
-            os.chown(path, NOBODY, NOBODY)
     (shared / "objects").chmod(0o555)
     with permissions_that_bind():
         failed = run(diamond(value=5), shared)
