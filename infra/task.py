@@ -24,6 +24,7 @@ from ropewalk.infra.failures import Kind, classify
 from ropewalk.infra.lease import Holder, Lease, LeaseLostError, LockedError, Stamp, acquire
 from ropewalk.infra.step import Resources, Step
 from ropewalk.infra.store import Commit, Store
+from ropewalk.infra.told import told
 
 Report = Callable[[dict[str, Any]], None]
 Stop = Callable[[], bool]
@@ -164,7 +165,7 @@ def run_task(task: Task, make_context: MakeContext, report: Report, stop: Stop, 
 
 
 def run_logged(task: Task, make_context: MakeContext, report: Report, stop: Stop, interrupt: Interrupt) -> Outcome:
-    """As `run_task`, with all that this process writes in the attempt's log meanwhile."""
+    """As `run_task`, with all that this process writes, and what is reported, in the attempt's log meanwhile."""
     log = Path(task.log_path)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,7 @@ def run_logged(task: Task, make_context: MakeContext, report: Report, stop: Stop
         message = f"the log of the step cannot be written: {error}"
         return Outcome(task.step, task.attempt, 0.0, error=message, kind=classify(error))
     with _log_mirror(task), output_to(task.log_path):
-        return run_task(task, make_context, report, stop, interrupt)
+        return run_task(task, make_context, told(report), stop, interrupt)
 
 
 def _log_mirror(task: Task) -> contextlib.AbstractContextManager[Any]:

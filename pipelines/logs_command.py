@@ -43,10 +43,21 @@ def show_logs(
         exit_status = 130
     if as_json:
         emit({"run_id": run_id, "logs": [log.to_json() for log in logs.files()]})
-    elif exit_status == 0 and not logs.files():
-        of = f" of step {step}" if step else ""
-        sys.stderr.write(f"run {run_id} has no logs{of}{' and attempt' if attempt else ''}: it did not run\n")
+    elif exit_status == 0:
+        sys.stderr.write(_why_nothing(logs, store, run_id, step, attempt))
     return exit_status
+
+
+def _why_nothing(logs: RunLogs, store: Store, run_id: str, step: str | None, attempt: int | None) -> str:
+    """What to tell where nothing was printed; nothing where something was."""
+    files = logs.files()
+    if any(log.path.stat().st_size for log in files):
+        return ""
+    if files:
+        show = f"ropewalk show {run_id} {step or 'STEP'} --store {store.uri}"
+        return f"nothing was written to it; metrics that were reported: {show}\n"
+    of = f" of step {step}" if step else ""
+    return f"run {run_id} has no logs{of}{' and attempt' if attempt else ''}: it did not run\n"
 
 
 class Ending:

@@ -16,6 +16,7 @@ from ropewalk.infra.on_ray.resources import in_words, ray_needs, require_room
 from ropewalk.infra.on_ray.shipping import Shipped, remote
 from ropewalk.infra.step import Resources, UserError
 from ropewalk.infra.task import Report, Stop, Task, output_to
+from ropewalk.infra.told import told
 
 SECONDARY_FAILURE_SECONDS = 5.0
 
@@ -106,17 +107,17 @@ class RayWorker:
         self.rank = rank
         self.world_size = world_size
         self.cancelled = channel.cancelled
-        self._channel = channel
+        self._report = told(channel.report)
 
     def log(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
         """Report metrics; only rank 0's are kept."""
         if self.rank == 0:
-            self._channel.report({"type": "metrics", "metrics": dict(metrics), "step": step, "about": None})
+            self._report({"type": "metrics", "metrics": dict(metrics), "step": step, "about": None})
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Report progress; only rank 0's is shown."""
         if self.rank == 0:
-            self._channel.report({"type": "progress", "done": done, "total": total, "unit": unit})
+            self._report({"type": "progress", "done": done, "total": total, "unit": unit})
 
 
 class _Results:

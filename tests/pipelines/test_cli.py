@@ -248,6 +248,11 @@ def test_status_watch_goes_on_until_ctrl_c(home, first_run):
     assert watching.returncode == 0 and first_run["run_id"] in shown and "Ctrl-C ends this" in shown
 
 
+def test_logs_show_what_a_step_reported(home, first_run):
+    title, line = ropewalk(home, "logs", first_run["run_id"], "second").stdout.splitlines()
+    assert title == "==> second, attempt 1 <==" and line.endswith(" value 3")
+
+
 def test_version_is_that_of_the_installed_package(home):
     assert ropewalk(home, "--version").stdout == f"ropewalk {metadata.version('ropewalk')}\n"
 
