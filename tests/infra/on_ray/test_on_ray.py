@@ -46,6 +46,7 @@ def test_a_pipeline_on_ray_gives_the_digests_of_a_local_run(tmp_path):
     assert any(e["type"] == "metrics" and e["metrics"] == {"rank": 0} for e in events)
     logs = tmp_path / "ray/runs" / result.run_id / "logs"
     assert "hello from rank 1" in next((logs / "workers").glob("*.rank1.log")).read_text()
+    assert " rank 0\n" in next((logs / "workers").glob("*.rank0.log")).read_text(), "what was reported"
     assert "the switch is on" in next((logs / "bad").glob("*.log")).read_text()
 
 
