@@ -67,6 +67,11 @@ def new_run_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{fraction:04x}{secrets.token_hex(1)}"
 
 
+def log_name(run_id: str, step: str, attempt: str) -> str:
+    """Where the output of an attempt is kept, relative to the store."""
+    return f"runs/{run_id}/logs/{step}/{attempt}.log"
+
+
 class RunRecord:
     """Writes the record of one run. `request` is what it takes to ask for the same again; whoever submits a run to a
     cluster chooses its `run_id`, which must be new.
@@ -119,7 +124,7 @@ class RunRecord:
 
     def log_name(self, step: str, attempt: str) -> str:
         """Where the output of an attempt is kept, relative to the store."""
-        return f"runs/{self.run_id}/logs/{step}/{attempt}.log"
+        return log_name(self.run_id, step, attempt)
 
     def close(self) -> None:
         """Sync the events to the disk."""

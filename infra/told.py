@@ -40,6 +40,11 @@ def _line(event: Mapping[str, Any]) -> str | None:
     if event["type"] == "progress":
         return f"{event['done']:,} of {event['total']:,} {event['unit']}"
     if event["type"] == "metrics":
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(event["metrics"].items())[:MAX_METRICS])
+        shown = first_metrics(event["metrics"], MAX_METRICS)
         return shown if event["step"] is None else f"step {event['step']}: {shown}"
     return None
+
+
+def first_metrics(metrics: Mapping[str, float], num_metrics: int) -> str:
+    """The few metrics that were reported first, in words: stages report the main ones first."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:num_metrics])

@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ropewalk.infra.told import first_metrics
+
 PROGRESS_SECONDS = 10.0
 """Plain lines: the least time between two about the progress of one step, unless a tenth more is done."""
 PROGRESS_FRACTION = 0.1
@@ -143,7 +145,7 @@ class Display:
         running = state.status == "running"
         bar = ProgressBar(total=1.0, completed=state.fraction, width=20) if running and state.total else ""
         seconds = self._clock() - state.started if running or state.status == "queued" else state.seconds
-        shown = _metrics(state.metrics) if state.status in ("running", "ran") else state.reason
+        shown = first_metrics(state.metrics, MAX_METRICS) if state.status in ("running", "ran") else state.reason
         return [
             Text(state.name),
             Text(state.status, style=STYLES[state.status]),
@@ -189,7 +191,7 @@ class Display:
             case "step_reused" | "step_skipped":
                 return f"{step}: {kind.removeprefix('step_')} ({event['reason']})"
             case "step_succeeded":
-                shown = _metrics(self._steps[step].metrics) if step in self._steps else ""
+                shown = first_metrics(self._steps[step].metrics, MAX_METRICS) if step in self._steps else ""
                 return f"{step}: done in {duration(event['seconds'])}" + (f", {shown}" if shown else "")
             case "step_failed":
                 return f"{step}: failed after {duration(event['seconds'])}: {event['error']}"
@@ -226,7 +228,7 @@ class Display:
         if now - shown_at < PROGRESS_SECONDS and state.fraction - shown_fraction < PROGRESS_FRACTION - 1e-9:
             return None
         state.shown = (now, state.fraction)
-        shown = _metrics(state.metrics)
+        shown = first_metrics(state.metrics, MAX_METRICS)
         return f"{state.name}: {state.fraction:.0%}, {state.pace()}" + (f", {shown}" if shown else "")
 
     def _time(self, event: Event) -> float:
@@ -241,11 +243,6 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _metrics(metrics: Mapping[str, float]) -> str:
-    """The few metrics that were reported first: stages report the main ones first."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:MAX_METRICS])
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,11 @@ def view(store: Store, run_id: str, *, with_metrics: bool = True) -> RunView:
         steps: dict[str, dict[str, Any]] = {}
         ending = None
         for event in _events(store, run_id, with_metrics):
-            _learn(steps, event, lambda *of: _log_place(store, run_id, *of))
+            _learn(steps, event)
             ending = event["status"] if event["type"] == "run_finished" else ending
+        for name, step in steps.items():
+            if step["attempts"]:
+                step["log"] = _log_place(store, run_id, name, step["attempt"])
         driver = record.driver_state(description)
         status = ending or UNFINISHED.get(driver) or f"unfinished on {description['host']}"
         return RunView(run_id, {"pipeline": "?", **description}, status, steps)
@@ -119,7 +122,7 @@ def _events(store: Store, run_id: str, with_metrics: bool) -> Iterator[dict[str,
                 yield json.loads(line)
 
 
-def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], log_place: Callable[[str, str], str]) -> None:
+def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any]) -> None:
     """Take in the next event of a run."""
     kind = event["type"]
     if kind == "run_started":
@@ -130,7 +133,7 @@ def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], log_place: C
         return
     if kind == "step_started":
         facts = {key: event[key] for key in ("key", "attempt", "inputs", "reason")}
-        step.update(status="queued", log=log_place(event["step"], event["attempt"]), **facts)
+        step.update(status="queued", **facts)
         step["attempts"].append({"attempt": event["attempt"]})
     elif kind in UNDER_WAY:
         step["status"] = UNDER_WAY[kind]
@@ -147,7 +150,7 @@ def _learn(steps: dict[str, dict[str, Any]], event: dict[str, Any], log_place: C
 
 def _log_place(store: Store, run_id: str, step: str, attempt: str) -> str:
     """The file of an attempt's log, or the folder of its pieces in an object store."""
-    place = f"{store.uri}/runs/{run_id}/logs/{step}/{attempt}.log"
+    place = f"{store.uri}/{record.log_name(run_id, step, attempt)}"
     return place if store.is_local else f"{place}.d"
 
 

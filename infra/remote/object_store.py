@@ -73,12 +73,13 @@ def open_objects(uri: str) -> ObjectStoreObjects:
             f"{_without_secret(uri)}: write it as s3://bucket/prefix; credentials come from the environment"
         )
     try:
-        return ObjectStoreObjects(uri, _client(uri, ANSWER_SECONDS), _client(uri, PART_SECONDS))
+        profile = profile_credentials() if uri.startswith("s3://") else None
+        return ObjectStoreObjects(uri, _client(uri, ANSWER_SECONDS, profile), _client(uri, PART_SECONDS, profile))
     except (BaseError, ValueError) as error:
         raise UserError(f"{uri}: {_first_line(error)}") from None
 
 
-def _client(uri: str, seconds: float) -> Any:
+def _client(uri: str, seconds: float, profile: Any) -> Any:
     """A client of which each request may take so long. A server that is silent is given up after two of them."""
     endpoint = s3_endpoint(uri)
     # Without encryption only where the user has named such an endpoint.
@@ -88,7 +89,6 @@ def _client(uri: str, seconds: float) -> Any:
     backoff = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 3}
     again = timedelta(seconds=min(RETRY_SECONDS * seconds / ANSWER_SECONDS, 2 * seconds))
     retries: Any = {"max_retries": 1000, "retry_timeout": again, "backoff": backoff}
-    profile: Any = profile_credentials() if uri.startswith("s3://") else None
     return from_url(uri, client_options=options, retry_config=retries, credential_provider=profile)
 
 
