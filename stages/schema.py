@@ -3,7 +3,13 @@
 Every table is a set of Parquet (zstd) shards named `<kind>-00000.parquet`, in order, beside one `artifact.json`.
 
 Documents  `doc_id`, `text`, `source`, `num_bytes` (of the UTF-8 text), `metadata` (a JSON string).
-Tokens     `doc_id`, `source`, `input_ids`; no begin or end marks.
+Tokens     `doc_id`, `source`, `input_ids`; no begin or end marks. Where chats were encoded also `loss_mask`.
+Vectors    `doc_id`, `vector`: one embedding a document.
+Neighbours see `ropewalk.stages.data.retrieval.pool`: which documents are like which, one shard a coarse cluster.
+Scores     `sample_id`, `source`, `score` (higher is better) and the parts of it, one row a sample.
+Chats      `sample_id`, `source`, `messages` (role and content), `metadata` (a JSON string).
+Preferences `sample_id`, `source`, `prompt` (messages, as long as the policy reads), `short_prompt` (messages, the piece
+           that the reference model reads), `chosen`, `rejected` (texts), `metadata`.
 Rows       `row_id`, `input_ids` (exactly `row_tokens`), `segments`, `attention`, and where needed `loss_mask`
            (`[t]`: token t is a target) and `position_ids`. Positions in no segment are inserted: separator, marker,
            planted or padding; for the attention policy they belong to the segment before them, leading ones to the
@@ -26,7 +32,20 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1
-Kind = Literal["documents", "tokens", "rows", "checkpoint", "predictions", "report"]
+Kind = Literal[
+    "documents",
+    "tokens",
+    "vectors",
+    "neighbours",
+    "scores",
+    "chats",
+    "preferences",
+    "rows",
+    "checkpoint",
+    "predictions",
+    "report",
+    "export",
+]
 AttentionPolicy = Literal["causal", "document", "anchor"]
 
 
@@ -113,17 +132,70 @@ def documents_schema() -> pa.Schema:
     )
 
 
-def tokens_schema() -> pa.Schema:
-    """Arrow schema of Tokens."""
+def tokens_schema(*, loss_mask: bool = False) -> pa.Schema:
+    """Arrow schema of Tokens; `loss_mask` (`[t]`: token t is a target) where only some tokens are learnt."""
+    import pyarrow as pa
+
+    fields = [
+        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+    ]
+    if loss_mask:
+        fields.append(pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False))
+    return pa.schema(fields)
+
+
+def vectors_schema(num_dimensions: int) -> pa.Schema:
+    """Arrow schema of Vectors: half precision, which halves the largest table of a dense corpus."""
+    import pyarrow as pa
+
+    vector = pa.list_(pa.float16(), num_dimensions)
+    return pa.schema([pa.field("doc_id", pa.string(), nullable=False), pa.field("vector", vector, nullable=False)])
+
+
+def scores_schema(parts: Sequence[str] = ()) -> pa.Schema:
+    """Arrow schema of Scores; `parts` are the columns that `score` was made of, float64 like it."""
+    import pyarrow as pa
+
+    strings = [pa.field(name, pa.string(), nullable=False) for name in ("sample_id", "source")]
+    return pa.schema([*strings, *(pa.field(name, pa.float64(), nullable=False) for name in ("score", *parts))])
+
+
+def chats_schema() -> pa.Schema:
+    """Arrow schema of Chats."""
     import pyarrow as pa
 
     return pa.schema(
         [
-            pa.field("doc_id", pa.string(), nullable=False),
+            pa.field("sample_id", pa.string(), nullable=False),
             pa.field("source", pa.string(), nullable=False),
-            pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+            pa.field("messages", _messages_type(), nullable=False),
+            pa.field("metadata", pa.string(), nullable=False),
         ]
     )
+
+
+def preferences_schema() -> pa.Schema:
+    """Arrow schema of Preferences."""
+    import pyarrow as pa
+
+    names = ("chosen", "rejected", "metadata")
+    return pa.schema(
+        [
+            pa.field("sample_id", pa.string(), nullable=False),
+            pa.field("source", pa.string(), nullable=False),
+            pa.field("prompt", _messages_type(), nullable=False),
+            pa.field("short_prompt", _messages_type(), nullable=False),
+            *(pa.field(name, pa.string(), nullable=False) for name in names),
+        ]
+    )
+
+
+def _messages_type() -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def rows_schema(*, loss_mask: bool = False, position_ids: bool = False) -> pa.Schema:
