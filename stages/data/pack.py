@@ -81,7 +81,7 @@ def build_rows(config: PackConfig, plan: Plan, corpus: Corpus, info: TokenizerIn
 def run(config: PackConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
     """Pack slot `tokens` into rows."""
     corpus, info = load_corpus(inputs["tokens"], context.work)
-    lengths = corpus.lengths
+    lengths = corpus.lengths.tolist()
     plan, dropped = plan_rows(config, lengths)
     order = seeded_rng(config.seed, NAME, "rows").permutation(len(plan)).tolist()
     shuffled = [plan[index] for index in order]

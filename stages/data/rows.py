@@ -43,13 +43,17 @@ ROWS_PER_SHARD = 4096
 
 @dataclass(frozen=True)
 class Corpus:
-    """The token ids of all documents, end to end."""
+    """The token ids of some documents, or of what is left of them, end to end."""
 
-    doc_ids: list[str]
+    doc_ids: Sequence[str]
     offsets: np.ndarray
     """int64 `[num_documents + 1]`: where each document begins in `ids`."""
     ids: np.ndarray
     """int32 `[num_tokens]`."""
+    starts: np.ndarray
+    """int64 `[num_documents]`: how many tokens of each document come before those here."""
+    targets: np.ndarray | None = None
+    """bool `[num_tokens]`: which tokens are to be learnt. None: all."""
 
     @classmethod
     def from_documents(cls, documents: Sequence[tuple[str, Sequence[int]]]) -> Corpus:
@@ -59,12 +63,13 @@ class Corpus:
         lengths = [len(ids) for _, ids in documents]
         flat = [token for _, ids in documents for token in ids]
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        return cls([name for name, _ in documents], offsets, np.asarray(flat, dtype=np.int32))
+        starts = np.zeros(len(documents), np.int64)
+        return cls([name for name, _ in documents], offsets, np.asarray(flat, dtype=np.int32), starts)
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each document."""
-        return (self.offsets[1:] - self.offsets[:-1]).tolist()
+    def lengths(self) -> np.ndarray:
+        """int64 `[num_documents]`: tokens of each document."""
+        return self.offsets[1:] - self.offsets[:-1]
 
     def piece(self, document: int, start: int, num_tokens: int) -> np.ndarray:
         """Tokens `start` to `start + num_tokens` of a document."""
@@ -103,7 +108,8 @@ def load_corpus(folder: Path, work: Path) -> tuple[Corpus, TokenizerInfo]:
     if len(set(doc_ids)) != len(doc_ids):
         raise ValueError(f"{folder} holds a doc_id more than once: deduplicate the documents by id before encoding")
     offsets = np.cumsum(np.concatenate(lengths))
-    return Corpus(doc_ids, offsets, np.memmap(path, dtype="<i4", mode="r")), info
+    starts = np.zeros(len(doc_ids), np.int64)
+    return Corpus(doc_ids, offsets, np.memmap(path, dtype="<i4", mode="r"), starts), info
 
 
 @dataclass(frozen=True)

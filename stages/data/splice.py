@@ -255,7 +255,7 @@ def run(config: SpliceConfig, inputs: Mapping[str, Path], output: Output, contex
     neighbours: Bm25Neighbours | RandomNeighbours = RandomNeighbours()
     if config.retriever == "bm25":
         neighbours = Bm25Neighbours.build(index, config.num_candidates, context)
-    lengths = corpus.lengths
+    lengths = corpus.lengths.tolist()
     splicing = splice(config, lengths, neighbours)
     num_spliced = len(splicing.plan) - splicing.num_own_rows
     details = similarity_statistics(splicing, index, config.seed) | {

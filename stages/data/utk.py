@@ -308,7 +308,7 @@ def run(config: UtkConfig, inputs: Mapping[str, Path], output: Output, context: 
     """Concatenate slot `tokens` into rows and tie knots into them."""
     corpus, info = load_corpus(inputs["tokens"], context.work)
     markers = load_markers(config, inputs, info)
-    lengths = corpus.lengths
+    lengths = corpus.lengths.tolist()
     documents = seeded_rng(config.seed, NAME, "documents").permutation(len(lengths)).tolist()
     plan = concatenate(lengths, config.row_tokens - 1, documents)
     dropped = 0
