@@ -1,0 +1,143 @@
+"""Finished rows as arrays: what the planners' choices become, and the Arrow records that are written.
+
+A row is the begin token, then pieces of documents, each document's end followed by the end token if there is room, then
+padding (end tokens that are no targets). So a row holds up to `row_tokens - 1` other tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ropewalk.stages.schema import AttentionPolicy, TokenizerInfo, rows_schema, stable_id
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from ropewalk.stages.data.bins import RowPlan
+    from ropewalk.stages.data.rows import Corpus
+
+BATCH_TOKENS = 2**22
+"""Tokens of rows laid at a time: bounds memory."""
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """R rows of L tokens with S segments, which are in order of rows and of places in them."""
+
+    input_ids: np.ndarray
+    """int32 `[R, L]`."""
+    loss_mask: np.ndarray
+    """bool `[R, L]`."""
+    segment_offsets: np.ndarray
+    """int64 `[R + 1]`: where each row's segments begin in the arrays below."""
+    segment_documents: np.ndarray
+    """int32 `[S]`: which document of the corpus."""
+    segment_starts: np.ndarray
+    """int64 `[S]`: tokens of that corpus's document before the segment."""
+    segment_tokens: np.ndarray
+    """int32 `[S]`."""
+    segment_row_starts: np.ndarray
+    """int32 `[S]`."""
+    num_padding: np.ndarray
+    """int64 `[R]`."""
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.input_ids)
+
+    def row_ids(self, method: str, seed: int, indices: Sequence[int], corpus: Corpus) -> list[str]:
+        """An id for each row that differs between methods, seeds, indices and corpora."""
+        names = [corpus.doc_ids[document] for document in self.segment_documents.tolist()]
+        starts = (self.segment_starts + corpus.starts[self.segment_documents]).tolist()
+        parts = [value for piece in zip(names, starts, self.segment_tokens.tolist(), strict=True) for value in piece]
+        bounds = (3 * self.segment_offsets).tolist()
+        return [
+            stable_id(method, seed, index, *parts[bounds[row] : bounds[row + 1]]) for row, index in enumerate(indices)
+        ]
+
+    def to_arrow(self, corpus: Corpus, row_ids: Sequence[str], attention: AttentionPolicy) -> pa.RecordBatch:
+        """The rows in the schema of the Rows table, with `loss_mask`."""
+        import numpy as np
+        import pyarrow as pa
+
+        num_rows, row_tokens = self.input_ids.shape
+        schema = rows_schema(loss_mask=True)
+        segment_type = schema.field("segments").type.value_type
+        names = pa.array([corpus.doc_ids[document] for document in self.segment_documents.tolist()], pa.string())
+        starts = (self.segment_starts + corpus.starts[self.segment_documents]).astype(np.int64)
+        segments = pa.StructArray.from_arrays(
+            [
+                names,
+                pa.array(starts),
+                pa.array(self.segment_tokens.astype(np.int32)),
+                pa.array(self.segment_row_starts.astype(np.int32)),
+            ],
+            fields=list(segment_type),
+        )
+        ends = pa.array((np.arange(num_rows + 1) * row_tokens).astype(np.int32))
+        columns = {
+            "row_id": pa.array(row_ids, pa.string()),
+            "input_ids": pa.ListArray.from_arrays(ends, pa.array(self.input_ids.reshape(-1))),
+            "segments": pa.ListArray.from_arrays(pa.array(self.segment_offsets.astype(np.int32)), segments),
+            "attention": pa.array([attention] * num_rows, pa.string()),
+            "loss_mask": pa.ListArray.from_arrays(ends, pa.array(self.loss_mask.reshape(-1))),
+        }
+        return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def lay_rows(plan: RowPlan, corpus: Corpus, info: TokenizerInfo, row_tokens: int) -> RowBatch:
+    """Lay the planned pieces into rows.
+
+    Pieces and the separators behind them are targets (of a corpus with `targets` only the tokens that are, and
+    separators); begin token and padding are not. Raises RuntimeError if the plan does not fit the corpus or the rows.
+    """
+    import numpy as np
+
+    from ropewalk.stages.data.compiled.lay import lay
+
+    num_rows, num_pieces = plan.num_rows, len(plan.documents)
+    input_ids = np.empty((num_rows, row_tokens), np.int32)
+    loss_mask = np.empty((num_rows, row_tokens), np.bool_)
+    row_starts = np.empty(num_pieces, np.int32)
+    padding = np.empty(num_rows, np.int64)
+    wrong = lay(
+        plan.row_offsets,
+        plan.documents,
+        plan.starts,
+        plan.num_tokens,
+        plan.is_end,
+        corpus.offsets,
+        corpus.ids,
+        np.zeros(0, np.bool_) if corpus.targets is None else corpus.targets,
+        info.bos_token_id,
+        info.eos_token_id,
+        input_ids,
+        loss_mask,
+        row_starts,
+        padding,
+    )
+    if wrong >= 0:
+        raise RuntimeError(f"piece {wrong} of the plan leaves its document or its row")
+    return RowBatch(
+        input_ids,
+        loss_mask,
+        plan.row_offsets,
+        plan.documents,
+        plan.starts,
+        plan.num_tokens,
+        row_starts,
+        padding,
+    )
+
+
+def batches_of_rows(num_rows: int, row_tokens: int) -> Iterator[np.ndarray]:
+    """Consecutive row numbers, so many at a time that `BATCH_TOKENS` are not exceeded."""
+    import numpy as np
+
+    step = max(1, BATCH_TOKENS // row_tokens)
+    for begin in range(0, num_rows, step):
+        yield np.arange(begin, min(begin + step, num_rows))
