@@ -59,9 +59,9 @@ def plan_rows(config: PackConfig, lengths: list[int]) -> tuple[Plan, int]:
     """
     capacity = config.row_tokens - 1
     if config.method == "best_fit":
-        return best_fit(lengths, capacity), 0
+        return best_fit(lengths, capacity).to_rows(), 0
     order = seeded_rng(config.seed, NAME, "documents").permutation(len(lengths)).tolist()
-    plan = concatenate(lengths, capacity, order)
+    plan = concatenate(lengths, capacity, order).to_rows()
     if config.partial_row == "drop" and plan and room_left(plan[-1], capacity):
         return plan, sum(piece.num_tokens for piece in plan.pop())
     return plan, 0

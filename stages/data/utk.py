@@ -310,7 +310,7 @@ def run(config: UtkConfig, inputs: Mapping[str, Path], output: Output, context: 
     markers = load_markers(config, inputs, info)
     lengths = corpus.lengths.tolist()
     documents = seeded_rng(config.seed, NAME, "documents").permutation(len(lengths)).tolist()
-    plan = concatenate(lengths, config.row_tokens - 1, documents)
+    plan = concatenate(lengths, config.row_tokens - 1, documents).to_rows()
     dropped = 0
     if config.partial_row == "drop" and plan and room_left(plan[-1], config.row_tokens - 1):
         dropped = sum(piece.num_tokens for piece in plan.pop())

@@ -1,6 +1,4 @@
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from row_invariants import (
     EOS,
     assert_rows_are_sound,
@@ -11,110 +9,10 @@ from row_invariants import (
 )
 
 from ropewalk.stages.data import pack
-from ropewalk.stages.data.bins import RoomIndex, best_fit, concatenate, cut_long, room_left
 from ropewalk.stages.data.rows import check_counts
 from ropewalk.stages.schema import Artifact, read_artifact, write_artifact
 
-quick = settings(deadline=None, max_examples=60)
 LENGTHS = [30, 3, 17, 0, 64, 9, 9, 12, 1, 25]
-
-
-def slow_best_fit(lengths, capacity):
-    """Best fit decreasing by trying every row for every document."""
-    rows, items = [], []
-    for document, length in enumerate(lengths):
-        begin = 0
-        while length - begin >= capacity:
-            rows.append({"items": [(document, begin, capacity)], "room": 0, "since": 0})
-            begin += capacity
-        if length > begin:
-            items.append((document, begin, length - begin))
-    items.sort(key=lambda item: item[2], reverse=True)
-    for clock, item in enumerate(items, start=1):
-        need = item[2] + 1
-        fitting = [row for row in rows if row["room"] >= need]
-        if fitting:
-            row = min(fitting, key=lambda row: (row["room"], row["since"]))
-        else:
-            row = {"items": [], "room": capacity}
-            rows.append(row)
-        row["items"].append(item)
-        row["room"] -= need
-        row["since"] = clock
-    return [row["items"] for row in rows]
-
-
-def bare(plan):
-    return [[(piece.document, piece.start, piece.num_tokens) for piece in row] for row in plan]
-
-
-@quick
-@given(st.lists(st.integers(0, 60), max_size=60), st.integers(1, 40))
-def test_best_fit_equals_trying_every_row(lengths, capacity):
-    assert bare(best_fit(lengths, capacity)) == slow_best_fit(lengths, capacity)
-
-
-def test_best_fit_equals_trying_every_row_when_rooms_span_many_words():
-    import random
-
-    draw = random.Random(5)
-    lengths = [draw.randint(1, 9000) for _ in range(400)]
-    assert bare(best_fit(lengths, 5000)) == slow_best_fit(lengths, 5000)
-
-
-def test_best_fit_by_hand():
-    # Rows of 10, one position for each separator: 6 opens a row and leaves 3; 5 leaves 4; 3 fills the second
-    # row (room 4, not the room of 3 into which it does not fit with its separator); 2 fills the first.
-    assert bare(best_fit([2, 6, 3, 5], 10)) == [[(1, 0, 6), (0, 0, 2)], [(3, 0, 5), (2, 0, 3)]]
-
-
-@quick
-@given(st.lists(st.integers(0, 60), max_size=40), st.integers(2, 40))
-def test_best_fit_cuts_only_documents_longer_than_a_row(lengths, capacity):
-    for row in best_fit(lengths, capacity):
-        assert sum(piece.num_tokens + piece.is_end for piece in row) <= capacity + (len(row) == 1)
-        for piece in row:
-            if lengths[piece.document] <= capacity:
-                assert (piece.start, piece.num_tokens) == (0, lengths[piece.document])
-
-
-@quick
-@given(st.sets(st.integers(0, 5000)), st.integers(0, 5000))
-def test_room_index_finds_the_smallest_room_that_is_large_enough(rooms, size):
-    index = RoomIndex(5000)
-    for room in rooms:
-        index.add(room)
-    assert index.at_least(size) == min((room for room in rooms if room >= size), default=None)
-    for room in list(rooms)[::2]:
-        index.discard(room)
-        rooms.discard(room)
-    assert index.at_least(size) == min((room for room in rooms if room >= size), default=None)
-
-
-@quick
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=30), st.integers(1, 20), st.randoms(use_true_random=False))
-def test_concatenate_lays_documents_in_order_and_fills_every_row_but_the_last(lengths, capacity, random):
-    order = list(range(len(lengths)))
-    random.shuffle(order)
-    plan = concatenate(lengths, capacity, order)
-    pieces = [piece for row in plan for piece in row]
-    placed = [(piece.document, piece.start + i) for piece in pieces for i in range(piece.num_tokens)]
-    assert placed == [(document, i) for document in order for i in range(lengths[document])]
-    assert [piece.document for piece in pieces if piece.is_end] == [d for d in order if lengths[d]]
-    assert all(room_left(row, capacity) == 0 for row in plan[:-1])
-
-
-@quick
-@given(st.lists(st.integers(0, 100), max_size=20), st.integers(1, 30))
-def test_long_documents_are_cut_into_full_rows_and_a_rest(lengths, capacity):
-    full, rest = cut_long(lengths, capacity)
-    pieces = [piece for row in full for piece in row] + rest
-    assert all(len(row) == 1 and row[0].num_tokens == capacity for row in full)
-    assert all(piece.num_tokens < capacity and piece.is_end for piece in rest)
-    for document, length in enumerate(lengths):
-        own = sorted(piece for piece in pieces if piece.document == document)
-        assert sum(piece.num_tokens for piece in own) == length
-        assert [piece.is_end for piece in own] == [False] * (len(own) - 1) + [True] * bool(own)
 
 
 @pytest.fixture

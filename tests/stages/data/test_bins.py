@@ -1,0 +1,209 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ropewalk.stages.data.bins import Piece, RowPlan, best_fit, concatenate, cut_long, first_fit, room_left
+
+quick = settings(deadline=None, max_examples=60)
+documents_in_rows = (st.lists(st.integers(0, 60), max_size=60), st.integers(1, 40))
+
+
+def slow_rests(lengths, capacity):
+    """Full rows of long documents, and what is left of each document."""
+    rows, items = [], []
+    for document, length in enumerate(lengths):
+        begin = 0
+        while length - begin >= capacity:
+            rows.append([(document, begin, capacity)])
+            begin += capacity
+        if length > begin:
+            items.append((document, begin, length - begin))
+    return rows, items
+
+
+def slow_best_fit(lengths, capacity):
+    """Best fit decreasing by trying every row for every document."""
+    full, items = slow_rests(lengths, capacity)
+    rows = [{"items": row, "room": 0, "since": 0} for row in full]
+    items.sort(key=lambda item: item[2], reverse=True)
+    for clock, item in enumerate(items, start=1):
+        need = item[2] + 1
+        fitting = [row for row in rows if row["room"] >= need]
+        if fitting:
+            row = min(fitting, key=lambda row: (row["room"], row["since"]))
+        else:
+            row = {"items": [], "room": capacity}
+            rows.append(row)
+        row["items"].append(item)
+        row["room"] -= need
+        row["since"] = clock
+    return [row["items"] for row in rows]
+
+
+def slow_first_fit(lengths, capacity, order):
+    """First fit by trying row after row."""
+    full, items = slow_rests(lengths, capacity)
+    rests = {item[0]: item for item in items}
+    rows = []
+    for item in (rests[document] for document in order if document in rests):
+        for row in rows:
+            if sum(other[2] + 1 for other in row) + item[2] + 1 <= capacity:
+                row.append(item)
+                break
+        else:
+            rows.append([item])
+    return full + rows
+
+
+def fewest_rows(sizes, capacity):
+    """The fewest rows that hold these sizes, by trying everything that differs."""
+    sizes = sorted(sizes, reverse=True)
+    best = len(sizes)
+
+    def place(item, rooms):
+        nonlocal best
+        if len(rooms) >= best:
+            return
+        if item == len(sizes):
+            best = len(rooms)
+            return
+        for room in {room for room in rooms if room >= sizes[item]}:
+            rest = list(rooms)
+            rest.remove(room)
+            place(item + 1, [*rest, room - sizes[item]])
+        place(item + 1, [*rooms, capacity - sizes[item]])
+
+    place(0, [])
+    return best
+
+
+def bare(plan):
+    return [[(piece.document, piece.start, piece.num_tokens) for piece in row] for row in plan.to_rows()]
+
+
+def shuffled(count, random):
+    order = list(range(count))
+    random.shuffle(order)
+    return order
+
+
+@quick
+@given(*documents_in_rows)
+def test_best_fit_equals_trying_every_row(lengths, capacity):
+    assert bare(best_fit(lengths, capacity)) == slow_best_fit(lengths, capacity)
+
+
+@pytest.mark.parametrize("capacity", [63, 64, 65, 4095, 4096, 5000, 300_000])
+def test_best_fit_equals_trying_every_row_when_rooms_span_many_words(capacity):
+    lengths = np.random.default_rng(5).integers(1, capacity * 2, size=300)
+    short = np.random.default_rng(6).integers(1, max(2, capacity // 9), size=300)
+    lengths = np.concatenate([lengths, short])
+    assert bare(best_fit(lengths, capacity)) == slow_best_fit(lengths.tolist(), capacity)
+
+
+def test_best_fit_by_hand():
+    # Rows of 10, one position for each separator: 6 opens a row and leaves 3; 5 leaves 4; 3 fills the second
+    # row (room 4, not the room of 3 into which it does not fit with its separator); 2 fills the first.
+    assert bare(best_fit([2, 6, 3, 5], 10)) == [[(1, 0, 6), (0, 0, 2)], [(3, 0, 5), (2, 0, 3)]]
+
+
+def test_rows_with_equal_room_are_taken_first_in_first_out():
+    # Rows of 12: 7, 7 and 7 leave 4 each, in this order; 3 takes the first row, 3 the second, 2 the third.
+    assert bare(best_fit([7, 7, 3, 7, 3, 2], 12)) == [
+        [(0, 0, 7), (2, 0, 3)],
+        [(1, 0, 7), (4, 0, 3)],
+        [(3, 0, 7), (5, 0, 2)],
+    ]
+
+
+@quick
+@given(*documents_in_rows, st.randoms(use_true_random=False))
+def test_first_fit_equals_trying_row_after_row(lengths, capacity, random):
+    order = shuffled(len(lengths), random)
+    assert bare(first_fit(lengths, capacity, order)) == slow_first_fit(lengths, capacity, order)
+
+
+@quick
+@given(*documents_in_rows, st.randoms(use_true_random=False))
+def test_no_document_that_fits_a_row_is_cut_and_no_row_is_overfull(lengths, capacity, random):
+    for plan in (best_fit(lengths, capacity), first_fit(lengths, capacity, shuffled(len(lengths), random))):
+        for row in plan.to_rows():
+            assert sum(piece.num_tokens + piece.is_end for piece in row) <= capacity + (len(row) == 1)
+            for piece in row:
+                if lengths[piece.document] <= capacity:
+                    assert (piece.start, piece.num_tokens) == (0, lengths[piece.document])
+
+
+@quick
+@given(*documents_in_rows, st.randoms(use_true_random=False))
+def test_every_planner_places_every_token_once(lengths, capacity, random):
+    order = shuffled(len(lengths), random)
+    plans = (best_fit(lengths, capacity), first_fit(lengths, capacity, order), concatenate(lengths, capacity, order))
+    for plan in plans:
+        pieces = sorted(piece for row in plan.to_rows() for piece in row)
+        assert all(piece.num_tokens > 0 for piece in pieces)
+        for document, length in enumerate(lengths):
+            own = [piece for piece in pieces if piece.document == document]
+            assert [piece.start for piece in own] == [0, *np.cumsum([p.num_tokens for p in own])[:-1]][: len(own)]
+            assert sum(piece.num_tokens for piece in own) == length
+            assert [piece.is_end for piece in own] == [False] * (len(own) - 1) + [True] * bool(own)
+
+
+@quick
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=30), st.integers(1, 20), st.randoms(use_true_random=False))
+def test_concatenate_lays_documents_in_order_and_fills_every_row_but_the_last(lengths, capacity, random):
+    order = shuffled(len(lengths), random)
+    plan = concatenate(lengths, capacity, order)
+    pieces = [piece for row in plan.to_rows() for piece in row]
+    placed = [(piece.document, piece.start + i) for piece in pieces for i in range(piece.num_tokens)]
+    assert placed == [(document, i) for document in order for i in range(lengths[document])]
+    assert [piece.document for piece in pieces if piece.is_end] == [d for d in order if lengths[d]]
+    assert not plan.room(capacity)[:-1].any()
+
+
+@quick
+@given(st.lists(st.integers(0, 100), max_size=20), st.integers(1, 30))
+def test_long_documents_are_cut_into_full_rows_and_a_rest(lengths, capacity):
+    full, documents, starts = cut_long(np.array(lengths, np.int64), capacity)
+    assert all(len(row) == 1 and row[0].num_tokens == capacity for row in full.to_rows())
+    rows, rests = slow_rests(lengths, capacity)
+    assert bare(full) == rows
+    assert list(zip(documents, starts, strict=True)) == [rest[:2] for rest in rests]
+
+
+pieces = st.builds(Piece, st.integers(0, 9), st.integers(0, 10**10), st.integers(1, 9), st.booleans())
+rows_of_pieces = st.lists(st.lists(pieces, max_size=4), max_size=6)
+
+
+@quick
+@given(rows_of_pieces, rows_of_pieces, st.integers(1, 30), st.data())
+def test_a_plan_in_columns_is_the_plan_in_lists(rows, more, capacity, data):
+    plan = RowPlan.from_rows(rows)
+    assert plan.to_rows() == rows and plan.num_rows == len(rows)
+    assert plan.tokens().tolist() == [sum(piece.num_tokens for piece in row) for row in rows]
+    assert plan.room(capacity).tolist() == [room_left(row, capacity) for row in rows]
+    selection = data.draw(st.lists(st.integers(0, max(0, len(rows) - 1)), max_size=9 * bool(rows)))
+    assert plan.rows(selection).to_rows() == [rows[number] for number in selection]
+    assert RowPlan.concatenate([plan, RowPlan.from_rows(more)]).to_rows() == rows + more
+    types = [column.dtype.name for column in vars(plan.rows(selection)).values()]
+    assert types == ["int64", "int32", "int64", "int32", "bool"]
+
+
+def test_gigantic_and_empty_documents_are_planned():
+    lengths = np.array([0, 10**9 + 7, 0, 5])
+    plan = best_fit(lengths, 131_071)
+    assert int(plan.tokens().sum()) == 10**9 + 12
+    assert plan.num_rows == (10**9 + 7) // 131_071 + 1
+    assert all(end - begin == 1 for begin, end in pairwise(plan.row_offsets[:-1].tolist()))
+    for empty in (best_fit([], 5), first_fit([0, 0], 5, [1, 0]), concatenate([0], 5, [0])):
+        assert empty.num_rows == 0
+
+
+def test_lengths_that_cannot_be_planned_are_refused():
+    with pytest.raises(ValueError, match="row_tokens is 1: a row needs room for a token"):
+        best_fit([3], 0)
+    with pytest.raises(ValueError, match="negative number of tokens"):
+        concatenate([3, -1], 9, [0, 1])
