@@ -313,15 +313,13 @@ def _write_picked(
     paths: tuple[Path, ...], ends: np.ndarray, item: tuple[int, np.ndarray], folder: Path
 ) -> dict[str, int]:
     """Write one output shard: rows by their number over all units, in the order given."""
-    import pyarrow.compute as pc
-
     number, wanted = item
     rows = _pick(paths, ends, wanted)
     write_shard(folder, "rows", number, rows.select(rows_schema(loss_mask=True).names))
     segments: Any = rows.column("segments").combine_chunks()
     return {
-        "num_tokens_kept": pc.sum(segments.flatten().field("num_tokens")).as_py() or 0,
-        "num_tokens_padding": pc.sum(rows.column("num_padding")).as_py(),
+        "num_tokens_kept": int(segments.flatten().field("num_tokens").to_numpy().sum()),
+        "num_tokens_padding": int(rows.column("num_padding").to_numpy().sum()),
     }
 
 
