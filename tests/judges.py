@@ -44,3 +44,21 @@ def write_judge(
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_chats(folder: Path, chats, *, shard_records: int = 3) -> Path:
+    """A Chats artifact of `{sample_id: [(role, content), ...]}`; the source is what the id has before its slash."""
+    from ropewalk.stages.schema import Artifact, chats_schema, write_artifact, write_table
+
+    rows = (
+        {
+            "sample_id": name,
+            "source": name.split("/")[0],
+            "messages": [{"role": role, "content": content} for role, content in turns],
+            "metadata": "{}",
+        }
+        for name, turns in chats.items()
+    )
+    num_chats = write_table(folder, "chats", chats_schema(), rows, shard_records=shard_records)
+    write_artifact(folder, Artifact(kind="chats", counts={"num_kept": num_chats}))
+    return folder

@@ -52,6 +52,12 @@ def scores_table(
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
+def records_table(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pa.Table:
+    """The same of records that hold `sample_id`, `source` and the columns."""
+    ids, sources = ([record[name] for record in records] for name in ("sample_id", "source"))
+    return scores_table(ids, sources, {name: [record[name] for record in records] for name in columns})
+
+
 def with_scores(tables: Iterable[pa.Table], scores: np.ndarray) -> Iterator[pa.Table]:
     """Tables of parts with the column `score`, whose values follow each other as the tables' rows do."""
     import pyarrow as pa
