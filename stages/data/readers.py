@@ -1,205 +1,200 @@
 """Reads the files and data sets that documents come from, one document at a time.
 
-A source is a folder (or one file) of text files, JSON Lines or Parquet, or a Hugging Face data set. `open_source` cuts
-it into parts, one a file, in the order of their relative paths; calling a part reads it. Memory holds the paths and
-one text file, one line or one Parquet batch.
+A source is a folder (or one file) of text files, source code, JSON Lines, Parquet or Arrow, or a Hugging Face data set.
+`open_source` cuts it into parts, in the order of their relative paths; calling a part reads it. A part is a file, or a
+piece of a large one where that can be cut without reading it through: row groups of Parquet, rows of a data set, lines
+of JSON Lines that are not compressed (their line ends are counted first, so that each line knows its number). Memory
+holds the parts (some hundred bytes each) and one text file, one line or one batch of records.
 
-Globs are matched against relative POSIX paths, part by part and case-sensitively: `**` stands for any number of
-folders, `*`, `?` and `[...]` for text inside one name.
+What is no text is a named drop, and `RawDocument.dropped` says which: bytes that are not of the encoding, a string of a
+Parquet or Arrow file that is not UTF-8, or a text file that is too long, which is then not loaded. A record that is
+malformed, lacks a field or whose JSON is not UTF-8, and a file that is damaged, are errors that name the place: they
+show that the config describes other data, or that data is missing.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
+import io
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import lzma
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, cast
 
-from pydantic import Field, field_validator, model_validator
+from ropewalk.stages.data.globs import list_files
+from ropewalk.stages.data.languages import language_of
+from ropewalk.stages.data.record_files import (
+    batch_documents,
+    batch_records,
+    document,
+    read_arrow,
+    read_parquet,
+    reading,
+    record_columns,
+    row_group_parts,
+)
+from ropewalk.stages.data.sources import Part, RawDocument, SourceConfig
 
-from ropewalk.stages.schema import Record
-
-Format = Literal["text", "jsonl", "parquet", "huggingface"]
-_FILES, _RECORDS = ("text", "jsonl", "parquet"), ("jsonl", "parquet", "huggingface")
-_APPLIES: dict[str, tuple[str, ...]] = {
-    "include": _FILES,
-    "exclude": _FILES,
-    "encoding": ("text",),
-    "text_field": _RECORDS,
-    "id_field": _RECORDS,
-    "metadata_fields": _RECORDS,
-    "dataset": ("huggingface",),
-    "revision": ("huggingface",),
-    "split": ("huggingface",),
-    "subset": ("huggingface",),
-}
-
-
-class SourceConfig(Record):
-    """Where one part of the corpus comes from."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    """The input slot that holds the files, the `source` of the documents and the beginning of their ids."""
-    format: Format
-    """text: one document a file. jsonl (also .gz), parquet: one a record. huggingface: a data set, from the slot (a
-    folder written by `save_to_disk`, or one that `load_dataset` reads), or by `dataset` where there is no such slot."""
-    include: tuple[str, ...] = ("**/*",)
-    """Globs of the files to read. Files."""
-    exclude: tuple[str, ...] = ()
-    """Globs of the files to leave out, by the same rules. Files."""
-    encoding: str = "utf-8"
-    """Of text files; JSON is always UTF-8."""
-    text_field: str = "text"
-    """The field that holds the text. Records."""
-    id_field: str | None = None
-    """The field, a string or an integer, that names the document; without it the file and line do. Records."""
-    metadata_fields: tuple[str, ...] = ()
-    """Fields kept in `metadata`; each record must have them. Records."""
-    min_bytes: int = Field(default=0, ge=0)
-    """Shorter texts, in bytes of UTF-8, are dropped as too_short."""
-    max_bytes: int | None = Field(default=None, gt=0)
-    """Longer texts, in bytes of UTF-8, are dropped as too_long."""
-    dataset: str | None = None
-    """The data set's name on the hub."""
-    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
-    """Its commit, in full: a branch moves, and the output must not."""
-    split: str = "train"
-    """Split of the data set."""
-    subset: str | None = None
-    """Configuration of the data set, where it has several."""
-
-    @field_validator("encoding")
-    @classmethod
-    def _known_encoding(cls, encoding: str) -> str:
-        try:
-            return codecs.lookup(encoding).name
-        except LookupError:
-            raise ValueError(f"unknown encoding {encoding!r}") from None
-
-    @model_validator(mode="after")
-    def _fields_apply(self) -> SourceConfig:
-        for name, formats in _APPLIES.items():
-            if self.format not in formats and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"source {self.name}: {name} does not apply to format {self.format}")
-        if self.max_bytes is not None and self.max_bytes < self.min_bytes:
-            raise ValueError(f"source {self.name}: max_bytes {self.max_bytes} is below min_bytes {self.min_bytes}")
-        if (self.dataset is None) != (self.revision is None):
-            raise ValueError(f"source {self.name}: dataset and revision go together")
-        return self
+MAX_LINE_BYTES = 2**30
+"""Of a line of JSON Lines."""
+PART_BYTES = 2**26
+_BLOCK_BYTES = 2**20
+_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4", ".xz": "xz"}
+_VERSION_CONTROL = (".git", ".hg", ".svn")
 
 
-@dataclass(frozen=True)
-class RawDocument:
-    """A document as it was read."""
+def open_source(source: SourceConfig, root: Path | None, work: Path, part_bytes: int = PART_BYTES) -> list[Part]:
+    """The parts of a source, of about `part_bytes` or one file. `root` is its input slot, `work` a download folder.
 
-    doc_id: str
-    text: str | None
-    """None if the bytes are not text in the encoding."""
-    metadata: str
-    """A JSON object."""
-
-
-Part = Callable[[], Iterator[RawDocument]]
-
-
-def open_source(source: SourceConfig, root: Path | None, work: Path) -> list[Part]:
-    """The parts of a source. `root` is its input slot, `work` a folder for downloads.
-
-    Raises ValueError if the source has no slot, or its globs match no file.
+    Raises ValueError if the source has no slot, its globs match no file, or a file cannot be read.
     """
     if source.format == "huggingface":
-        return [partial(_read_huggingface, source, root, work)]
+        return _huggingface_parts(source, _load_huggingface(source, root, work), part_bytes)
     if root is None:
         raise ValueError(f"source {source.name} has no input: connect a folder or file to the slot {source.name!r}")
     if root.is_file():
-        return [partial(_READERS[source.format], source, root, root.name)]
-    files = list_files(root, source.include, source.exclude)
+        return _file_parts(source, root, root.name, part_bytes)
+    exclude = source.exclude
+    if source.format == "code":
+        exclude = (*exclude, *(f"**/{folder}/**" for folder in _VERSION_CONTROL))
+    files = list_files(root, source.include, exclude)
     if not files:
         raise ValueError(f"source {source.name}: no file matches include {source.include} and exclude {source.exclude}")
-    return [partial(_READERS[source.format], source, root / name, name) for name in files]
+    return [part for name in files for part in _file_parts(source, root / name, name, part_bytes)]
 
 
-def list_files(root: Path, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """Sorted relative POSIX paths of the files below `root` that match a glob of `include` and none of `exclude`.
-
-    Folders that `exclude` covers whole are not entered; links to folders are not followed.
-    """
-    wanted, unwanted = _split_globs(include), _split_globs(exclude)
-    covered = [glob for glob in unwanted if glob[-1] == "**"]
-    found = []
-    for folder, folders, files in os.walk(root):
-        here = Path(folder).relative_to(root).parts
-        folders[:] = [name for name in folders if not _matches_any((*here, name), covered)]
-        for name in files:
-            path = (*here, name)
-            if _matches_any(path, wanted) and not _matches_any(path, unwanted):
-                found.append("/".join(path))
-    return sorted(found)
+def _file_parts(source: SourceConfig, path: Path, name: str, part_bytes: int) -> list[Part]:
+    if not path.is_file():
+        raise ValueError(f"{source.name}/{name} is no regular file (a broken link, a pipe or a device): exclude it")
+    num_bytes = path.stat().st_size
+    if num_bytes > part_bytes and source.format == "parquet":
+        return row_group_parts(source, path, name, part_bytes)
+    if num_bytes > part_bytes and source.format == "jsonl" and path.suffix not in _CODECS:
+        return _line_parts(source, path, name, part_bytes)
+    return [Part(name, num_bytes, partial(_READERS[source.format], source, path, name))]
 
 
-def _split_globs(globs: Sequence[str]) -> list[tuple[str, ...]]:
-    return [tuple(glob.split("/")) for glob in globs]
-
-
-def _matches_any(path: tuple[str, ...], globs: Sequence[tuple[str, ...]]) -> bool:
-    return any(_matches(path, glob) for glob in globs)
-
-
-def _matches(path: tuple[str, ...], glob: tuple[str, ...]) -> bool:
-    if not glob:
-        return not path
-    if glob[0] == "**":
-        return any(_matches(path[skip:], glob[1:]) for skip in range(len(path) + 1))
-    return bool(path) and fnmatchcase(path[0], glob[0]) and _matches(path[1:], glob[1:])
+# Text and code
 
 
 def _read_text(source: SourceConfig, path: Path, name: str) -> Iterator[RawDocument]:
+    text, dropped = _decode_file(source, path)
+    yield RawDocument(f"{source.name}/{name}", text, "{}", dropped)
+
+
+def _read_code(source: SourceConfig, path: Path, name: str) -> Iterator[RawDocument]:
+    text, dropped = _decode_file(source, path)
+    repository = name.split("/")[0] if "/" in name else None
+    about = {"language": language_of(name), "path": name, "repository": repository}
+    # A path that is no Unicode text is told when the document's id is looked at.
+    yield RawDocument(f"{source.name}/{name}", text, json.dumps(about), dropped)
+
+
+def _decode_file(source: SourceConfig, path: Path) -> tuple[str | None, Literal["undecodable", "too_long"] | None]:
+    # A file of another encoding may have many bytes for one of UTF-8: escapes, byte order marks.
+    exact = source.encoding in ("utf-8", "ascii")
+    if path.stat().st_size > (source.most_bytes if exact else 16 * source.most_bytes):
+        return None, "too_long"
     try:
-        text = path.read_bytes().decode(source.encoding)
-    except UnicodeDecodeError:
-        text = None
-    yield RawDocument(f"{source.name}/{name}", text, "{}")
+        return path.read_bytes().decode(source.encoding), None
+    except UnicodeError:
+        return None, "undecodable"
 
 
-def _read_jsonl(source: SourceConfig, path: Path, name: str) -> Iterator[RawDocument]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+# JSON Lines
+
+
+def _line_parts(source: SourceConfig, path: Path, name: str, part_bytes: int) -> list[Part]:
+    parts, begin, first = [], 0, 1
+    with path.open("rb") as file:
+        while num_lines := _skip_lines(file, part_bytes):
+            length = file.tell() - begin
+            read = partial(_read_jsonl, source, path, name, (begin, length, first))
+            parts.append(Part(f"{name}:{first}", length, read))
+            begin, first = begin + length, first + num_lines
+    return parts
+
+
+def _skip_lines(file: BinaryIO, num_bytes: int) -> int:
+    """Go on by `num_bytes` and to the end of the line there; returns how many lines were passed."""
+    num_lines, last = 0, b""
+    while num_bytes > 0 and (block := file.read(min(num_bytes, _BLOCK_BYTES))):
+        num_lines, num_bytes, last = num_lines + block.count(b"\n"), num_bytes - len(block), block
+    while last and not last.endswith(b"\n"):
+        rest = file.readline(_BLOCK_BYTES)
+        if not rest:
+            return num_lines + 1  # The last line of the file has no end.
+        num_lines, last = num_lines + rest.count(b"\n"), rest
+    return num_lines
+
+
+def _read_jsonl(
+    source: SourceConfig, path: Path, name: str, span: tuple[int, int, int] | None = None
+) -> Iterator[RawDocument]:
+    """`span`: first byte, number of bytes and number of the first line of a piece of the file."""
+    with reading(source, name):
+        for number, line in _lines(path, span):
             place = f"{name}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"{source.name}/{place} is longer than {MAX_LINE_BYTES} bytes: cut it or take it out")
             try:
                 record = json.loads(line.decode())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{source.name}/{place} is not JSON in UTF-8: {error}") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{source.name}/{place} is not a JSON object")
-            yield _document(source, record, place)
+            yield document(source, record, place)
 
 
-def _read_parquet(source: SourceConfig, path: Path, name: str) -> Iterator[RawDocument]:
-    import pyarrow.parquet as pq
-
-    wanted = [source.text_field, *filter(None, [source.id_field]), *source.metadata_fields]
-    number = 0
-    with pq.ParquetFile(path) as file:
-        if missing := [field for field in wanted if field not in file.schema_arrow.names]:
-            raise ValueError(f"{source.name}/{name} has no column {missing[0]!r}")
-        for batch in file.iter_batches(batch_size=1024, columns=wanted):
-            for record in batch.to_pylist():
-                number += 1
-                yield _document(source, record, f"{name}:{number}")
-
-
-_READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+def _lines(path: Path, span: tuple[int, int, int] | None) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines, of which no more than the limit and one byte is read."""
+    begin, num_bytes, number = span or (0, None, 1)
+    with _open_lines(path) as file:
+        if begin:
+            file.seek(begin)
+        while num_bytes is None or num_bytes > 0:
+            line = file.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                return
+            yield number, line
+            number += 1
+            num_bytes = None if num_bytes is None else num_bytes - len(line)
 
 
-def _read_huggingface(source: SourceConfig, root: Path | None, work: Path) -> Iterator[RawDocument]:
-    for number, record in enumerate(_load_huggingface(source, root, work)):
-        yield _document(source, record, f"{source.split}:{number}")
+def _open_lines(path: Path) -> BinaryIO:
+    import pyarrow as pa
+
+    codec = _CODECS.get(path.suffix)
+    if codec is None:
+        return path.open("rb")
+    if codec == "xz":
+        return cast(BinaryIO, lzma.open(path))
+    stream: Any = pa.CompressedInputStream(pa.OSFile(str(path)), codec)
+    return io.BufferedReader(stream, _BLOCK_BYTES)
+
+
+# Hugging Face data sets
+
+
+def _huggingface_parts(source: SourceConfig, dataset: Any, part_bytes: int) -> list[Part]:
+    # A data set is a map of files, and travels to a worker as their paths.
+    dataset = dataset.select_columns(record_columns(source, source.split, dataset.column_names)).with_format("arrow")
+    num_rows, num_bytes = len(dataset), max(1, dataset.data.nbytes)
+    size = max(1, part_bytes * num_rows // num_bytes)
+    num_records = batch_records(num_rows, num_bytes)
+    parts = []
+    for begin in range(0, num_rows, size):
+        rows = range(begin, min(begin + size, num_rows))
+        read = partial(_read_huggingface, source, dataset, rows, num_records)
+        parts.append(Part(f"{source.split}:{begin}", num_bytes * len(rows) // num_rows, read))
+    return parts
+
+
+def _read_huggingface(source: SourceConfig, dataset: Any, rows: range, num_records: int) -> Iterator[RawDocument]:
+    for begin in range(rows.start, rows.stop, num_records):
+        table = dataset[begin : min(begin + num_records, rows.stop)]
+        yield from batch_documents(source, table, source.split, begin)
 
 
 def _load_huggingface(source: SourceConfig, root: Path | None, work: Path) -> Any:
@@ -224,23 +219,10 @@ def _load_huggingface(source: SourceConfig, root: Path | None, work: Path) -> An
     return datasets.load_dataset(str(root), source.subset, split=source.split, cache_dir=cache)
 
 
-def _document(source: SourceConfig, record: Mapping[str, Any], place: str) -> RawDocument:
-    text = _field(source, record, source.text_field, place)
-    if not isinstance(text, str):
-        raise ValueError(f"{source.name}/{place}: field {source.text_field!r} holds {type(text).__name__}, not text")
-    doc_id = place
-    if source.id_field is not None:
-        doc_id = _field(source, record, source.id_field, place)
-        if isinstance(doc_id, bool) or not isinstance(doc_id, str | int):
-            raise ValueError(f"{source.name}/{place}: field {source.id_field!r} is neither a string nor an integer")
-    metadata = {name: _field(source, record, name, place) for name in source.metadata_fields}
-    try:
-        return RawDocument(f"{source.name}/{doc_id}", text, json.dumps(metadata, sort_keys=True, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source.name}/{place}: metadata_fields cannot be written as JSON: {error}") from None
-
-
-def _field(source: SourceConfig, record: Mapping[str, Any], name: str, place: str) -> Any:
-    if name not in record:
-        raise ValueError(f"{source.name}/{place} has no field {name!r}")
-    return record[name]
+_READERS = {
+    "text": _read_text,
+    "code": _read_code,
+    "jsonl": _read_jsonl,
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+}

@@ -1,0 +1,107 @@
+"""Which programming or markup language a file is written in, by its name alone."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+_SUFFIXES = {
+    "Ada": "adb ads",
+    "Agda": "agda",
+    "Assembly": "asm s",
+    "Awk": "awk",
+    "Batchfile": "bat cmd",
+    "C": "c h",
+    "C#": "cs",
+    "C++": "cc cpp cxx c++ hh hpp hxx h++ ipp",
+    "CMake": "cmake",
+    "CSS": "css",
+    "CUDA": "cu cuh",
+    "Clojure": "clj cljc cljs",
+    "CoffeeScript": "coffee",
+    "Common Lisp": "lisp lsp",
+    "Cython": "pyx pxd pxi",
+    "D": "d",
+    "Dart": "dart",
+    "Elixir": "ex exs",
+    "Elm": "elm",
+    "Emacs Lisp": "el",
+    "Erlang": "erl hrl",
+    "F#": "fs fsi fsx",
+    "Fortran": "f f90 f95 f03 f08 for",
+    "Go": "go",
+    "GraphQL": "graphql gql",
+    "Groovy": "groovy gradle",
+    "HTML": "html htm xhtml",
+    "Haskell": "hs lhs",
+    "INI": "ini cfg",
+    "JSON": "json",
+    "Java": "java",
+    "JavaScript": "js cjs mjs jsx",
+    "Julia": "jl",
+    "Jupyter Notebook": "ipynb",
+    "Kotlin": "kt kts",
+    "Lean": "lean",
+    "Less": "less",
+    "Lua": "lua",
+    "Makefile": "mk mak",
+    "Markdown": "md markdown",
+    "Nim": "nim",
+    "Nix": "nix",
+    "OCaml": "ml mli",
+    "Objective-C": "m",
+    "Objective-C++": "mm",
+    "PHP": "php",
+    "Pascal": "pas",
+    "Perl": "pl pm",
+    "PowerShell": "ps1 psm1",
+    "Prolog": "pro",
+    "Protocol Buffer": "proto",
+    "Python": "py pyi pyw",
+    "R": "r",
+    "Racket": "rkt",
+    "Ruby": "rb rake",
+    "Rust": "rs",
+    "SCSS": "scss",
+    "SQL": "sql",
+    "Scala": "scala sc",
+    "Scheme": "scm ss",
+    "Shell": "sh bash zsh ksh",
+    "Solidity": "sol",
+    "Svelte": "svelte",
+    "Swift": "swift",
+    "SystemVerilog": "sv svh",
+    "TOML": "toml",
+    "Tcl": "tcl",
+    "TeX": "tex sty cls bib",
+    "Terraform": "tf",
+    "Text": "txt",
+    "Thrift": "thrift",
+    "TypeScript": "ts tsx mts cts",
+    "VHDL": "vhd vhdl",
+    "Verilog": "v",
+    "Vim Script": "vim",
+    "Visual Basic": "vb vbs",
+    "Vue": "vue",
+    "XML": "xml xsd xsl xslt svg",
+    "YAML": "yaml yml",
+    "Zig": "zig",
+    "reStructuredText": "rst",
+}
+_NAMES = {
+    "cmakelists.txt": "CMake",
+    "dockerfile": "Dockerfile",
+    "gnumakefile": "Makefile",
+    "jenkinsfile": "Groovy",
+    "makefile": "Makefile",
+    "rakefile": "Ruby",
+}
+_BY_SUFFIX = {f".{suffix}": language for language, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+
+
+def language_of(name: str) -> str | None:
+    """The language of a file, by its name in lower case, then by its last suffix; None if neither is known.
+
+    A suffix that several languages use stands for the commonest: `.h` for C, `.m` for Objective-C, `.v` for Verilog.
+    """
+    path = PurePosixPath(name.lower())
+    return _NAMES.get(path.name) or _BY_SUFFIX.get(path.suffix)
