@@ -68,11 +68,11 @@ from ropewalk.stages.data.selection.language_model import (
     TextEncoder,
     load_model,
     observe_attention,
-    stretch_positions,
     token_losses,
     truncate,
 )
 from ropewalk.stages.data.selection.long_exchange import ExchangeTokens, LongExchange, UnusableError, lay_out
+from ropewalk.stages.data.selection.long_positions import stretch_positions
 from ropewalk.stages.data.selection.scales import Scale, fractional_ranks, min_max, rescale, softmax, standardise
 from ropewalk.stages.data.selection.scores import check_scores, records_table, with_scores, write_scores
 from ropewalk.stages.schema import Record, read_artifact, shard_paths, write_shard

@@ -21,16 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ropewalk.stages.data.selection.long_positions import Extension, config_for
 from ropewalk.stages.data.vocabulary import load_tokenizer, text_encoder, tokenizer_folder
-from ropewalk.stages.training.model import extended_config, flat_rope_parameters, head_dim, rotary_embedding
-from ropewalk.stages.training.rope import RopeConfig, extended_parameters, frequencies
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 Precision = Literal["float32", "bfloat16", "float16"]
-Extension = Literal["none", "ntk", "dynamic"]
 ATTENTION_NAME = "ropewalk_observed"
 _BLOCK_ELEMENTS = 2**26
 """Attention weights, or logits in float32, that are held at once."""
@@ -148,7 +146,7 @@ def load_model(
 
     _limit_threads()
     _register_attention()
-    config, own_window = _model_config(folder, window, extension)
+    config, own_window = config_for(folder, window, extension)
     if num_layers is not None:
         if num_layers > config.num_hidden_layers:
             raise ValueError(f"{folder} has {config.num_hidden_layers} layers, not {num_layers}")
@@ -168,44 +166,6 @@ def load_model(
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     vocab_size = model.get_input_embeddings().weight.shape[0]
     return LanguageModel(model, folder, window or own_window, vocab_size, own_window)
-
-
-def _model_config(folder: Path, window: int | None, extension: Extension) -> tuple[Any, int]:
-    """The config to load with, and the window of the folder's own."""
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no model: it has no config.json")
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    own_window: int = config.max_position_embeddings
-    if window is None or window <= own_window:
-        return config, own_window
-    if extension == "none":
-        raise ValueError(f"{folder} reads {own_window} tokens, but {window} are wanted: extend its positions")
-    if flat_rope_parameters(config) is None:
-        raise ValueError(f"{folder} has no single rotary embedding that could be extended to {window} tokens")
-    if extension == "ntk":
-        config = extended_config(folder, RopeConfig(method="ntk"), window=window, trust_remote_code=False)
-    return config, own_window
-
-
-def stretch_positions(loaded: LanguageModel, num_tokens: int) -> None:
-    """Give a model loaded with extension "dynamic" the NTK-aware rotary base for a sequence of this many tokens.
-
-    Up to the model's own window that is its own base. transformers' "dynamic" embedding is not used: between sequences
-    it keeps the base of the longest one so far, so that a result would depend on what was read before.
-    """
-    import torch
-
-    config = loaded.model.config
-    rotary, parameters = rotary_embedding(loaded.model), flat_rope_parameters(config)
-    if rotary is None or parameters is None:
-        raise ValueError(f"{loaded.folder} has no single rotary embedding, whose base could be changed")
-    width = head_dim(config)
-    if num_tokens > loaded.own_window:
-        parameters = extended_parameters(RopeConfig(method="ntk"), parameters, loaded.own_window, num_tokens, width)
-    frequency = torch.tensor(frequencies(parameters, width)[0], dtype=torch.float64)
-    rotary.get_buffer("inv_freq").copy_(frequency)
 
 
 def token_losses(

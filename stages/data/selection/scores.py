@@ -155,7 +155,7 @@ def draw_scores(folder: Path, sources: Sequence[str], scores: np.ndarray, length
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    labels, index = _common_sources(sources)
+    labels, index = common_sources(sources)
     edges = np.histogram_bin_edges(scores, bins=40)
     groups = [scores[index == number] for number in range(len(labels))]
     axes.hist(groups, bins=edges.tolist(), stacked=True, label=labels)
@@ -219,7 +219,7 @@ def _describe(scores: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _common_sources(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def common_sources(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """The sources that a plot names, most frequent first, and the place of each sample's among them."""
     from collections import Counter
 

@@ -8,10 +8,10 @@ from ropewalk.stages.data.selection.language_model import (
     TextEncoder,
     load_model,
     observe_attention,
-    stretch_positions,
     token_losses,
     truncate,
 )
+from ropewalk.stages.data.selection.long_positions import stretch_positions
 
 RNG = np.random.default_rng(0)
 
