@@ -17,13 +17,13 @@ from numba import njit
 def unit_rows(vectors: np.ndarray) -> None:
     """Give the rows of `vectors` (float32 `[N, D]`) length 1, in place; those of zeros stay."""
     for row in range(vectors.shape[0]):
-        total = np.float32(0)
+        total = 0.0  # In double precision, where no square of a float32 overflows or vanishes.
         for dimension in range(vectors.shape[1]):
-            total += vectors[row, dimension] * vectors[row, dimension]
+            total += np.float64(vectors[row, dimension]) ** 2
         if total > 0:
             norm = np.sqrt(total)
             for dimension in range(vectors.shape[1]):
-                vectors[row, dimension] /= norm
+                vectors[row, dimension] = vectors[row, dimension] / norm
 
 
 @njit(cache=True)
@@ -37,7 +37,7 @@ def dot(one: np.ndarray, other: np.ndarray) -> np.float32:
 
 @njit(cache=True)
 def keep_best(
-    found: np.ndarray, scores: np.ndarray, count: int, document: int, score: float, tie_order: np.ndarray
+    found: np.ndarray, scores: np.ndarray, count: int, document: int, score: np.float32, tie_order: np.ndarray
 ) -> int:
     """Insert a document into the first `count` of `found`, if it is good enough; returns the new count."""
     place = count
@@ -137,6 +137,23 @@ def _products_by_column(query: np.ndarray, columns: np.ndarray, stride: int, num
 
 
 @njit(cache=True)
+def products_with(vectors: np.ndarray, direction: np.ndarray, products: np.ndarray) -> None:
+    """The product of each vector with one direction."""
+    for row in range(len(vectors)):
+        products[row] = dot(vectors[row], direction)
+
+
+@njit(cache=True)
+def nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, nearest: np.ndarray) -> None:
+    """The nearest centroid of each vector, the first of equals; centroids lie dimension by dimension."""
+    num_centroids = len(centroids) // vectors.shape[1]
+    products = np.empty(num_centroids, dtype=np.float32)
+    for row in range(len(vectors)):
+        _products_by_column(vectors[row], centroids, num_centroids, num_centroids, products)
+        nearest[row] = np.argmax(products)
+
+
+@njit(cache=True)
 def _swap(members: np.ndarray, columns: np.ndarray, begin: int, stride: int, one: int, other: int) -> None:
     members[begin + one], members[begin + other] = members[begin + other], members[begin + one]
     num_dimensions = len(columns) // len(members)
@@ -223,10 +240,11 @@ def nearest_unused(
         _products_by_column(query, block, stride, live[nearest], products)
         for place in range(live[nearest]):
             other = members[begin + place]
-            if count == len(found) and products[place] < scores[count - 1]:
+            score = np.float32(products[place])
+            if count == len(found) and score < scores[count - 1]:
                 continue
             if unused[other] and other != document:
-                count = keep_best(found, scores, count, other, products[place], tie_order)
+                count = keep_best(found, scores, count, other, score, tie_order)
     return count
 
 
@@ -277,3 +295,20 @@ def next_unused(document: int, unused: np.ndarray, found: np.ndarray) -> int:
             found[count] = other
             count += 1
     return count
+
+
+@njit(cache=True)
+def project(
+    offsets: np.ndarray,
+    buckets: np.ndarray,
+    weights: np.ndarray,
+    targets: np.ndarray,
+    signs: np.ndarray,
+    vectors: np.ndarray,
+) -> None:
+    """Add each document's weighted buckets to its vector, each to its targets with its signs."""
+    for document in range(len(offsets) - 1):
+        for place in range(offsets[document], offsets[document + 1]):
+            bucket = buckets[place]
+            for entry in range(targets.shape[1]):
+                vectors[document, targets[bucket, entry]] += weights[place] * signs[bucket, entry]

@@ -18,7 +18,8 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,11 +33,19 @@ def terms_of(text: str) -> list[str]:
     return TERM.findall(text.lower())
 
 
-def make_bags(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The terms of texts: where each text's begin (int64 `[N + 1]`), distinct terms (int32, ascending) and counts.
+class Bags(NamedTuple):
+    """The terms of N documents."""
 
-    Terms are numbered in alphabetical order.
-    """
+    offsets: np.ndarray
+    """int64 `[N + 1]`: where the terms of each document begin."""
+    terms: np.ndarray
+    """int32: distinct terms, ascending, numbered in alphabetical order."""
+    counts: np.ndarray
+    """int32: how often each occurs in the document."""
+
+
+def make_bags(texts: Iterable[str]) -> tuple[Bags, list[str]]:
+    """Count the terms of texts; also returns the terms by number."""
     import numpy as np
 
     vocabulary: dict[str, int] = {}
@@ -47,23 +56,22 @@ def make_bags(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         counts.extend(bag.values())
         ends.append(len(terms))
     offsets = np.asarray(ends, dtype=np.int64)
-    if not vocabulary:
-        return offsets, np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32)
-    alphabetical = np.empty(len(vocabulary), dtype=np.int32)
-    alphabetical[[vocabulary[term] for term in sorted(vocabulary)]] = np.arange(len(vocabulary), dtype=np.int32)
-    numbers = alphabetical[np.frombuffer(terms, dtype=np.int32)]
+    names = sorted(vocabulary)
+    alphabetical = np.empty(len(names), dtype=np.int32)
+    alphabetical[[vocabulary[term] for term in names]] = np.arange(len(names), dtype=np.int32)
+    numbers = alphabetical[np.asarray(terms, dtype=np.int32)]
     order = np.lexsort((numbers, np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))))
-    return offsets, numbers[order], np.frombuffer(counts, dtype=np.int32)[order]
+    return Bags(offsets, numbers[order], np.asarray(counts, dtype=np.int32)[order]), names
 
 
-def _weigh(offsets: np.ndarray, terms: np.ndarray, counts: np.ndarray, num_terms: int) -> dict[str, Any]:
+def _weigh(bags: Bags, num_terms: int) -> dict[str, Any]:
     """Postings by term and their weights, from bm25s."""
     import bm25s
     import numpy as np
 
-    repeated = np.repeat(terms, counts)
-    ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])[offsets]
-    corpus = [repeated[begin:end].tolist() for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+    repeated = np.repeat(bags.terms, bags.counts)
+    ends = np.concatenate([[0], np.cumsum(bags.counts, dtype=np.int64)])[bags.offsets]
+    corpus = [repeated[begin:end].tolist() for begin, end in pairwise(ends)]
     engine = bm25s.BM25(k1=K1, b=B, method="lucene")
     vocabulary = {str(term): term for term in range(num_terms)}
     engine.index((corpus, vocabulary), create_empty_token=False, show_progress=False)
@@ -73,24 +81,17 @@ def _weigh(offsets: np.ndarray, terms: np.ndarray, counts: np.ndarray, num_terms
 class Bm25Requery:
     """The nearest unused documents by BM25, exactly; see `ropewalk.stages.data.retrieval.pool.Requery`."""
 
-    def __init__(
-        self,
-        offsets: np.ndarray,
-        terms: np.ndarray,
-        counts: np.ndarray,
-        order: np.ndarray,
-        max_query_terms: int | None = None,
-    ) -> None:
-        """Bags as from `make_bags`, order as from `tie_order`; queries of all terms, or of the strongest."""
+    def __init__(self, bags: Bags, order: np.ndarray, max_query_terms: int | None = None) -> None:
+        """Order as from `tie_order`; queries of all terms, or of the strongest."""
         import numpy as np
 
+        offsets, terms, counts = bags
         num_terms = int(terms.max()) + 1 if len(terms) else 0
         num_documents = len(offsets) - 1
-        self._offsets, self._terms, self._counts = offsets, terms, counts
-        self._order, self._max_query_terms = order, max_query_terms
+        self._bags, self._order, self._max_query_terms = bags, order, max_query_terms
         frequency = np.bincount(terms, minlength=num_terms)
         self._idf = np.log1p((num_documents - frequency + 0.5) / (frequency + 0.5))
-        weighed = _weigh(offsets, terms, counts, num_terms) if num_terms else None
+        weighed = _weigh(bags, num_terms) if num_terms else None
         self._term_offsets = np.zeros(1, dtype=np.int64) if weighed is None else weighed["indptr"].astype(np.int64)
         self._postings = np.zeros(0, dtype=np.int32) if weighed is None else weighed["indices"]
         self._weights = np.zeros(0, dtype=np.float32) if weighed is None else weighed["data"]
@@ -131,8 +132,8 @@ class Bm25Requery:
         return float(shared / (self._norms[one] * self._norms[other]))
 
     def _bag(self, document: int) -> tuple[np.ndarray, np.ndarray]:
-        place = slice(self._offsets[document], self._offsets[document + 1])
-        return self._terms[place], self._counts[place]
+        place = slice(self._bags.offsets[document], self._bags.offsets[document + 1])
+        return self._bags.terms[place], self._bags.counts[place]
 
     def _query(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         import numpy as np

@@ -5,7 +5,7 @@ ties go by document id and the same pair has the same score wherever it turns up
 
 Fine lists are what an inverted file has: the vectors of a cluster, divided by k-means. The neighbours artifact keeps
 them, and the masked re-query scans the same ones (`Faiss wiki, "Inverted file"`; measured in shared/specs/data.md 7.1).
-k-means runs in Faiss, on one thread and seeded; its bits are those of one kind of processor.
+k-means runs in Faiss, on one thread and seeded; its bits are those of one kind of processor, whatever else runs there.
 
 A vector of zeros (a document without a term) is in no list: it has no neighbours and is nobody's.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def tie_order(doc_ids: Sequence[str]) -> np.ndarray:
 
 def zero_rows(vectors: np.ndarray) -> np.ndarray:
     """bool `[N]`: which vectors are all zeros."""
-    return ~vectors.any(axis=1)
+    import numpy as np
+
+    return ~np.any(vectors, axis=1)
 
 
 @contextmanager
@@ -88,14 +91,21 @@ def train_centroids(vectors: np.ndarray, num_centroids: int, seed: int) -> np.nd
     return kmeans.centroids
 
 
+def by_dimension(vectors: np.ndarray) -> np.ndarray:
+    """float32 `[D * N]`: first dimension of all vectors, second of all, ..."""
+    import numpy as np
+
+    return np.ascontiguousarray(vectors.T).reshape(-1)
+
+
 def assign(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """int32 `[N]`: the nearest centroid of each vector, the first of equals."""
     import numpy as np
 
+    from ropewalk.stages.data.compiled.retrieval import nearest_centroids
+
     nearest = np.empty(len(vectors), dtype=np.int32)
-    block = max(1, _PRODUCTS_IN_MEMORY // len(centroids))
-    for start in range(0, len(vectors), block):
-        nearest[start : start + block] = (vectors[start : start + block] @ centroids.T).argmax(axis=1)
+    nearest_centroids(vectors, by_dimension(centroids), nearest)
     return nearest
 
 
@@ -122,7 +132,7 @@ def list_centroids(vectors: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, 
     members = members[np.count_nonzero(lists < 0) :]
     _, counts = np.unique(lists[members], return_counts=True)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    means = [vectors[members[begin:end]].mean(axis=0) for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    means = [vectors[members[begin:end]].mean(axis=0) for begin, end in pairwise(offsets)]
     return members, offsets, unit_vectors(np.asarray(means, dtype=np.float32).reshape(-1, vectors.shape[1]))
 
 
@@ -137,84 +147,72 @@ def choose_index(num_documents: int, wanted: Index | Literal["auto"]) -> Index:
     return "ivf" if num_documents <= MOST_UNCOMPRESSED else "ivfpq"
 
 
-def nearest(
-    vectors: np.ndarray, lists: np.ndarray, order: np.ndarray, k: int, index: Index, num_probes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest others of every document: numbers (int32 `[N, k]`, -1 for none) and scores (float32).
+class DenseSearch:
+    """The nearest others of documents of a cluster."""
 
-    Args:
-        vectors: From `unit_vectors`.
-        lists: From `fine_lists`; read by `ivf` and `ivfpq`.
-        order: From `tie_order`.
-        k: Neighbours a document.
-        index: `exact` compares all pairs. The others score what lies in the `num_probes` nearest lists.
-        num_probes: See `index`.
-    """
-    import numpy as np
+    def __init__(self, vectors: np.ndarray, lists: np.ndarray, order: np.ndarray, kind: Index, num_probes: int) -> None:
+        """Build the index, if there is to be one.
 
-    found = np.full((len(vectors), k), -1, dtype=np.int32)
-    scores = np.zeros((len(vectors), k), dtype=np.float32)
-    if index == "exact":
-        _nearest_exactly(vectors, order, found, scores)
-    else:
-        _nearest_by_index(vectors, lists, order, found, scores, index, num_probes)
-    return found, scores
+        Args:
+            vectors: From `unit_vectors`.
+            lists: From `fine_lists`; read by `ivf` and `ivfpq`.
+            order: From `tie_order`.
+            kind: `exact` compares all pairs. The others score what lies in the `num_probes` nearest lists.
+            num_probes: See `kind`.
+        """
+        self._vectors, self._order, self._kind = vectors, order, kind
+        self._is_zero = zero_rows(vectors)
+        self._index = None if kind == "exact" else _build_index(vectors, lists, kind, num_probes)
 
+    def __call__(self, start: int, stop: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of documents `start` to `stop`: numbers (int32 `[n, k]`, -1 for none) and scores (float32)."""
+        import numpy as np
 
-def _nearest_exactly(vectors: np.ndarray, order: np.ndarray, found: np.ndarray, scores: np.ndarray) -> None:
-    from ropewalk.stages.data.compiled.retrieval import nearest_of_products
+        found = np.full((stop - start, k), -1, dtype=np.int32)
+        scores = np.zeros((stop - start, k), dtype=np.float32)
+        # The size of a block says nothing about the result, but it bounds the memory.
+        width = len(self._vectors) if self._index is None else 8 * max(self._num_candidates(k), self._vectors.shape[1])
+        block = max(1, _PRODUCTS_IN_MEMORY // width)
+        for begin in range(start, stop, block):
+            rows = slice(begin - start, min(begin + block, stop) - start)
+            self._search(begin, found[rows], scores[rows])
+        return found, scores
 
-    is_zero = zero_rows(vectors)
-    # Each of the two products is off by at most D * 2^-24 for vectors of length 1, whatever the order of the sum.
-    margin = 4 * vectors.shape[1] * 2.0**-24
-    block = max(1, _PRODUCTS_IN_MEMORY // len(vectors))
-    for start in range(0, len(vectors), block):
-        rows = slice(start, start + block)
-        products = vectors[rows] @ vectors.T
-        nearest_of_products(products, start, vectors, is_zero, order, margin, found[rows], scores[rows])
+    def _search(self, start: int, found: np.ndarray, scores: np.ndarray) -> None:
+        from ropewalk.stages.data.compiled.retrieval import nearest_of_candidates, nearest_of_products
 
+        queries = self._vectors[start : start + len(found)]
+        if self._index is None:
+            # Each of the two products is off by at most D * 2^-24 for vectors of length 1, in any order of the sum.
+            margin = 4 * queries.shape[1] * 2.0**-24
+            products = queries @ self._vectors.T
+            nearest_of_products(products, start, self._vectors, self._is_zero, self._order, margin, found, scores)
+            return
+        with one_thread():
+            _, candidates = self._index.search(queries, self._num_candidates(found.shape[1]))
+        nearest_of_candidates(candidates, start, self._vectors, self._is_zero, self._order, found, scores)
 
-def _nearest_by_index(
-    vectors: np.ndarray,
-    lists: np.ndarray,
-    order: np.ndarray,
-    found: np.ndarray,
-    scores: np.ndarray,
-    kind: Index,
-    num_probes: int,
-) -> None:
-    from ropewalk.stages.data.compiled.retrieval import nearest_of_candidates
-
-    is_zero = zero_rows(vectors)
-    # Twice as many candidates as are kept, so that equal scores at the end are told apart by id, not by Faiss.
-    num_candidates = (4 if kind == "ivfpq" else 2) * (found.shape[1] + 1)
-    with one_thread():
-        index = _build_index(vectors, lists, kind)
-        index.nprobe = num_probes
-        block = max(1, _PRODUCTS_IN_MEMORY // 4 // max(num_candidates, vectors.shape[1]))
-        for start in range(0, len(vectors), block):
-            rows = slice(start, start + block)
-            _, candidates = index.search(vectors[rows], num_candidates)
-            nearest_of_candidates(candidates, start, vectors, is_zero, order, found[rows], scores[rows])
+    def _num_candidates(self, k: int) -> int:
+        # More than are kept: so that equal scores at the end are told apart by id, and PQ's errors are mended.
+        return (4 if self._kind == "ivfpq" else 2) * (k + 1)
 
 
-def _build_index(vectors: np.ndarray, lists: np.ndarray, kind: Index) -> Any:
-    """A Faiss inverted file over our lists. The quantizer must live as long as the index, so it is attached."""
-    import faiss
-
+def _build_index(vectors: np.ndarray, lists: np.ndarray, kind: Index, num_probes: int) -> Any:
+    """A Faiss inverted file over our lists."""
     members, offsets, centroids = list_centroids(vectors, lists)
     num_dimensions = vectors.shape[1]
-    quantizer = faiss.IndexFlatIP(num_dimensions)
-    quantizer.add(centroids)
-    arguments = (quantizer, num_dimensions, len(offsets) - 1)
-    if kind == "ivf":
-        index: Any = faiss.IndexIVFFlat(*arguments, faiss.METRIC_INNER_PRODUCT)
-    else:
-        index = faiss.IndexIVFPQ(*arguments, pq_bytes(num_dimensions), 8, faiss.METRIC_INNER_PRODUCT)
-        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
-    index.train(vectors[members])
-    index.add_with_ids(vectors[members], members.astype("int64"))
-    index.attached_quantizer = quantizer
+    with one_thread() as faiss:
+        quantizer = faiss.IndexFlatIP(num_dimensions)
+        quantizer.add(centroids)
+        arguments = (quantizer, num_dimensions, len(offsets) - 1)
+        if kind == "ivf":
+            index: Any = faiss.IndexIVFFlat(*arguments, faiss.METRIC_INNER_PRODUCT)
+        else:
+            index = faiss.IndexIVFPQ(*arguments, pq_bytes(num_dimensions), 8, faiss.METRIC_INNER_PRODUCT)
+            index.pq.cp.min_points_per_centroid = 1
+        index.train(vectors[members])
+        index.add_with_ids(vectors[members], members.astype("int64"))
+    index.nprobe = num_probes
     return index
 
 
@@ -239,11 +237,11 @@ class DenseRequery:
         self._is_zero = zero_rows(vectors)
         self._members, self._offsets, centroids = list_centroids(vectors, lists)
         self._live = np.diff(self._offsets)
-        self._centroids = np.ascontiguousarray(centroids.T).reshape(-1)
+        self._centroids = by_dimension(centroids)
         self._columns = np.empty(len(self._members) * vectors.shape[1], dtype=np.float32)
-        for begin, end in zip(self._offsets[:-1], self._offsets[1:], strict=True):
+        for begin, end in pairwise(self._offsets):
             block = self._columns[begin * vectors.shape[1] : end * vectors.shape[1]]
-            block[:] = vectors[self._members[begin:end]].T.reshape(-1)
+            block[:] = by_dimension(vectors[self._members[begin:end]])
 
     def __call__(self, document: int, k: int, unused: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Requery`. Exact when all lists are scanned."""

@@ -12,17 +12,17 @@ used, it asks anew among the unused (`Pool.requery`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ropewalk.stages.data.retrieval.bags import Bm25Requery
+from ropewalk.stages.data.retrieval.bags import Bags, Bm25Requery
 from ropewalk.stages.data.retrieval.dense import (
     REQUERY_PROBES,
     DenseRequery,
+    DenseSearch,
     fine_lists,
-    nearest,
     tie_order,
     unit_vectors,
 )
@@ -68,7 +68,7 @@ class Pool:
         """A pool in memory, with the exact neighbours by cosine of `vectors` (`[n, d]`)."""
         unit, order = unit_vectors(vectors), tie_order(doc_ids)
         lists = fine_lists(unit, seed=0)
-        found, scores = nearest(unit, lists, order, num_neighbours, "exact", num_probes)
+        found, scores = DenseSearch(unit, lists, order, "exact", num_probes)(0, len(unit), num_neighbours)
         return cls(list(doc_ids), found, scores, DenseRequery(unit, lists, order, num_probes))
 
     def similarity(self, one: int, other: int) -> float:
@@ -93,28 +93,43 @@ def open_pool(folder: Path, cluster: int, *, num_probes: int = REQUERY_PROBES) -
     Raises ValueError if the folder is no neighbours artifact or its retriever is unknown.
     """
     details = read_artifact(folder, "neighbours").details
-    table = _read(folder, "neighbours", cluster)
-    doc_ids = table.column("doc_id").to_pylist()
-    width = details["num_neighbours"]
-    neighbours, scores = _padded(table, "neighbours", width, -1), _padded(table, "scores", width, 0)
-    requery = _open_requery(folder, cluster, details["retriever"], doc_ids, num_probes, details.get("max_query_terms"))
+    doc_ids, neighbours, scores = read_lists(folder, cluster, details["num_neighbours"])
+    requery = open_requery(folder, cluster, details, doc_ids, num_probes)
     return Pool(doc_ids, neighbours, scores, requery)
 
 
-def _open_requery(
-    folder: Path, cluster: int, retriever: str, doc_ids: list[str], num_probes: int, max_query_terms: int | None
+def read_lists(folder: Path, cluster: int, width: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The ids, neighbours and scores of a cluster, as in `Pool`; `width` is the k' of the artifact."""
+    table = _read(folder, "neighbours", cluster)
+    neighbours, scores = _padded(table, "neighbours", width, -1), _padded(table, "scores", width, 0)
+    return table.column("doc_id").to_pylist(), neighbours, scores
+
+
+def open_requery(
+    folder: Path, cluster: int, details: Mapping[str, Any], doc_ids: Sequence[str], num_probes: int
 ) -> Requery:
+    """What re-asks a cluster, from the shard beside its neighbours; `details` are those of the artifact."""
+    retriever = details["retriever"]
     if retriever == "dense":
-        table = _read(folder, "vectors", cluster)
-        vectors = unit_vectors(vector_column(table.column("vector")))
-        return DenseRequery(vectors, table.column("list").to_numpy(), tie_order(doc_ids), num_probes)
+        return DenseRequery(*read_vectors(folder, cluster), tie_order(doc_ids), num_probes)
     if retriever == "bm25":
-        table = _read(folder, "bags", cluster)
-        offsets, terms = _lists(table, "terms")
-        return Bm25Requery(offsets, terms, _lists(table, "counts")[1], tie_order(doc_ids), max_query_terms)
+        return Bm25Requery(read_bags(folder, cluster), tie_order(doc_ids), details["max_query_terms"])
     if retriever == "tree":
         return TreeRequery(doc_ids)
     raise ValueError(f"{folder / 'artifact.json'}: details.retriever {retriever!r} is none of bm25, dense, tree")
+
+
+def read_vectors(folder: Path, cluster: int) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of a cluster, of length 1, and their fine lists."""
+    table = _read(folder, "vectors", cluster)
+    return unit_vectors(vector_column(table.column("vector"))), table.column("list").to_numpy()
+
+
+def read_bags(folder: Path, cluster: int) -> Bags:
+    """The terms of a cluster."""
+    table = _read(folder, "bags", cluster)
+    offsets, terms = _lists(table, "terms")
+    return Bags(offsets, terms, _lists(table, "counts")[1])
 
 
 def vector_column(column: pa.ChunkedArray) -> np.ndarray:
@@ -129,10 +144,10 @@ def vector_column(column: pa.ChunkedArray) -> np.ndarray:
 def _read(folder: Path, name: str, cluster: int, columns: list[str] | None = None) -> pa.Table:
     import pyarrow.parquet as pq
 
-    paths = shard_paths(folder, name)
-    if not 0 <= cluster < len(paths):
-        raise ValueError(f"{folder} has no cluster {cluster}, only 0 to {len(paths) - 1}")
-    return pq.read_table(paths[cluster], columns=columns)
+    path = folder / f"{name}-{cluster:05d}.parquet"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no cluster {cluster}: {path.name} is missing")
+    return pq.read_table(path, columns=columns)
 
 
 def _lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:

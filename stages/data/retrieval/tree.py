@@ -32,18 +32,16 @@ def distance(one: str, other: str) -> int:
     return len(here) + len(there) - 2 * common
 
 
-def followers(doc_ids: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k documents after each, the first after the last: numbers (int32 `[N, k]`, -1 for none) and scores."""
+def followers(doc_ids: Sequence[str], documents: range, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k ids after each of `documents`, the first after the last: numbers (int32, -1 for none) and scores."""
     import numpy as np
 
-    num = len(doc_ids)
-    found = np.full((num, k), -1, dtype=np.int32)
-    scores = np.zeros((num, k), dtype=np.float32)
-    for place in range(min(k, num - 1)):
-        found[:, place] = (np.arange(num) + place + 1) % num
-        scores[:, place] = [
-            1 / (1 + distance(doc_ids[document], doc_ids[other])) for document, other in enumerate(found[:, place])
-        ]
+    found = np.full((len(documents), k), -1, dtype=np.int32)
+    scores = np.zeros((len(documents), k), dtype=np.float32)
+    for row, document in enumerate(documents):
+        others = [(document + step) % len(doc_ids) for step in range(1, min(k + 1, len(doc_ids)))]
+        found[row, : len(others)] = others
+        scores[row, : len(others)] = [1 / (1 + distance(doc_ids[document], doc_ids[other])) for other in others]
     return found, scores
 
 
