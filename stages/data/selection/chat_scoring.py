@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,30 @@ ChatScorer = Callable[[Sequence[Mapping[str, Any]], "Counter[str]"], list[dict[s
 _BATCH_CHATS = 64
 
 
+@dataclass(frozen=True)
+class SideTable:
+    """A second table, of any number of rows a sample."""
+
+    name: str
+    """Of the table, and of the field of a record that holds its rows."""
+    schema: Callable[[], pa.Schema]
+
+
+@dataclass(frozen=True)
+class ScoredChats:
+    """What the shards gave, in order."""
+
+    tables: list[pa.Table]
+    counts: dict[str, int]
+    side_tables: list[Path]
+    """The files of the second table."""
+
+
 class ShardScorer:
     """Scores one Chats shard after another."""
 
-    def __init__(self, build: Callable[[], ChatScorer], columns: Sequence[str]) -> None:
-        self._scorer, self._columns = build(), columns
+    def __init__(self, build: Callable[[], ChatScorer], columns: Sequence[str], side: SideTable | None) -> None:
+        self._scorer, self._columns, self._side = build(), columns, side
 
     def __call__(self, shard: tuple[int, Path], folder: Path) -> dict[str, int]:
         """Write the records of a shard, given with its number, as `parts`; returns the counts."""
@@ -40,12 +60,26 @@ class ShardScorer:
                 counts["num_in"] += batch.num_rows
                 records += self._scorer(batch.to_pylist(), counts)
         write_shard(folder, "parts", number, records_table(records, self._columns))
+        if self._side is not None:
+            self._write_side(self._side, records, number, folder)
         return dict(counts)
+
+    @staticmethod
+    def _write_side(side: SideTable, records: Sequence[Mapping[str, Any]], number: int, folder: Path) -> None:
+        import pyarrow as pa
+
+        rows = [row for record in records for row in record[side.name]]
+        write_shard(folder, side.name, number, pa.Table.from_pylist(rows, schema=side.schema()))
 
 
 def score_chats(
-    context: Context, folder: Path, build: Callable[[], ChatScorer], columns: Sequence[str], tallies: Sequence[str]
-) -> tuple[list[pa.Table], dict[str, int]]:
+    context: Context,
+    folder: Path,
+    build: Callable[[], ChatScorer],
+    columns: Sequence[str],
+    tallies: Sequence[str],
+    side: SideTable | None = None,
+) -> ScoredChats:
     """Score all chats of an artifact.
 
     Args:
@@ -54,14 +88,16 @@ def score_chats(
         build: Makes a scorer, once a worker; picklable.
         columns: Of its records, beside id and source.
         tallies: What it counts; named in the result also where there was none.
+        side: A second table that its records hold rows of.
 
-    Returns a table a shard, in order, and the counts, `num_in` among them. Memory: a row a sample.
+    The counts have `num_in`. Memory: a row a sample.
     """
     read_artifact(folder, "chats")
     counts = Counter(dict.fromkeys(("num_in", *tallies), 0))
-    tables = []
+    tables, files = [], []
     paths = {path.name: (number, path) for number, path in enumerate(shard_paths(folder, "chats"))}
-    for shard in map_shards(context, partial(ShardScorer, build, columns), paths):
+    for shard in map_shards(context, partial(ShardScorer, build, columns, side), paths):
         tables.append(read_table(shard.folder, "parts"))
+        files += shard_paths(shard.folder, side.name) if side is not None else []
         counts.update(shard.counts)
-    return tables, dict(counts)
+    return ScoredChats(tables, dict(counts), files)

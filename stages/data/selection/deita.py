@@ -206,5 +206,5 @@ class DeitaScorer:
 def run(config: DeitaConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
     """Score every chat. Raises ValueError on bad input, or if no chat can be scored."""
     build = partial(DeitaScorer, config, inputs["complexity_model"], inputs["quality_model"])
-    tables, counts = score_chats(context, inputs["chats"], build, ("score", *PARTS), _TALLIES)
-    write_scores(output, context, tables, parts=PARTS, counts=counts)
+    scored = score_chats(context, inputs["chats"], build, ("score", *PARTS), _TALLIES)
+    write_scores(output, context, scored.tables, parts=PARTS, counts=scored.counts)

@@ -169,8 +169,7 @@ def run(config: IfdConfig, inputs: Mapping[str, Path], output: Output, context: 
     """Score every chat. Raises ValueError on bad input, or if no chat can be scored."""
     import numpy as np
 
-    tables, counts = score_chats(context, inputs["chats"], partial(IfdScorer, config, inputs["model"]), PARTS, _TALLIES)
-    ifd = np.concatenate([table.column("ifd").to_numpy() for table in tables])
-    scores = scores_of(ifd)
-    counts["num_misaligned"] = int((scores <= 0).sum())
-    write_scores(output, context, with_scores(tables, scores), parts=PARTS, counts=counts)
+    scored = score_chats(context, inputs["chats"], partial(IfdScorer, config, inputs["model"]), PARTS, _TALLIES)
+    scores = scores_of(np.concatenate([table.column("ifd").to_numpy() for table in scored.tables]))
+    counts = {**scored.counts, "num_misaligned": int((scores <= 0).sum())}
+    write_scores(output, context, with_scores(scored.tables, scores), parts=PARTS, counts=counts)
