@@ -33,10 +33,6 @@ class Piece(NamedTuple):
     """The document's last token is in it, so a separator follows."""
 
 
-Plan = list[list[Piece]]
-"""The pieces of each row, in order."""
-
-
 @dataclass(frozen=True)
 class RowPlan:
     """The pieces of all rows, row after row."""
@@ -113,7 +109,7 @@ class RowPlan:
             np.asarray(is_end, np.bool_),
         )
 
-    def to_rows(self) -> Plan:
+    def to_rows(self) -> list[list[Piece]]:
         """Each row as a list of pieces."""
         columns = (self.documents, self.starts, self.num_tokens, self.is_end)
         pieces = [Piece(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
@@ -126,7 +122,7 @@ def _offsets(counts: Any) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
-def cut_long(lengths: Any, capacity: int) -> Any:
+def cut_long(lengths: Any, capacity: int) -> tuple[RowPlan, np.ndarray, np.ndarray]:
     """Cut documents of `capacity` tokens or more into full rows, in the documents' order.
 
     Returns those rows; and of the rests, which are shorter than a row: their documents (int64) and where they start
@@ -134,10 +130,6 @@ def cut_long(lengths: Any, capacity: int) -> Any:
     """
     import numpy as np
 
-    if isinstance(lengths, list):  # splice.py still asks for lists.
-        plan, documents, starts = cut_long(np.asarray(lengths, np.int64), capacity)
-        rests = zip(documents.tolist(), starts.tolist(), strict=True)
-        return plan.to_rows(), [Piece(document, start, lengths[document] - start, True) for document, start in rests]
     lengths = _checked(lengths, capacity)
     num_full = lengths // capacity
     documents = np.repeat(np.arange(len(lengths)), num_full)
@@ -174,9 +166,12 @@ def first_fit(lengths: Any, capacity: int, order: Any) -> RowPlan:
 
     full, documents, starts, sizes = _rests(lengths, capacity)
     # The place of each rest among the rests, in the order of the documents that have one.
+    order = np.asarray(order, dtype=np.int64)
+    if len(order) != len(lengths) or (np.bincount(order, minlength=len(lengths)) != 1).any():
+        raise ValueError("order must name every document once")
     place = np.full(len(lengths), -1, dtype=np.int64)
     place[documents] = np.arange(len(documents))
-    places = place[np.asarray(order, dtype=np.int64)]
+    places = place[order]
     places = places[places >= 0]
     rows, num_rows = bins.first_fit(sizes, places, capacity)
     return RowPlan.concatenate([full, _whole(rows, num_rows, places, documents, starts, sizes)])
@@ -225,8 +220,3 @@ def _checked(lengths: Any, capacity: int) -> np.ndarray:
     if len(lengths) and int(lengths.min()) < 0:
         raise ValueError("a document has a negative number of tokens")
     return lengths
-
-
-def room_left(pieces: Iterable[Piece], capacity: int) -> int:
-    """Positions of a row that its pieces and their separators leave free."""
-    return max(0, capacity - sum(piece.num_tokens + piece.is_end for piece in pieces))

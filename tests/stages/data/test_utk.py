@@ -1,10 +1,11 @@
 import hashlib
 import string
 
-import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orders_of_work import run_backwards
 from row_invariants import (
     BOS,
     EOS,
@@ -15,26 +16,40 @@ from row_invariants import (
     write_tokens,
 )
 
-from ropewalk.stages.data import utk
-from ropewalk.stages.schema import read_artifact, seeded_rng
+from ropewalk.stages.data import knot_rules, utk
+from ropewalk.stages.data.knot_rules import RowKind
+from ropewalk.stages.schema import (
+    Artifact,
+    read_artifact,
+    read_table,
+    seeded_rng,
+    tokens_schema,
+    write_artifact,
+    write_shard,
+)
 
 quick = settings(deadline=None, max_examples=40)
 CHARACTERS = string.ascii_letters + string.digits
 FIRST_CHARACTER_ID = 20
-EVERY_TOKEN = (*utk.marker_tokens(4), *utk.HOP_TOKENS, *utk.BACKTRACING_TOKENS)
+EVERY_TOKEN = (*knot_rules.marker_tokens(4), *knot_rules.HOP_TOKENS, *knot_rules.BACKTRACING_TOKENS)
 LENGTHS = [40, 3, 90, 17, 0, 1, 28, 150, 9, 2, 33]
-PLAIN = utk.RowKind(rows_fraction=0, chunk_probabilities=(1.0,))
+PLAIN = RowKind(rows_fraction=0, chunk_probabilities=(1.0,))
 
 
 def always(**kind):
-    return (PLAIN, utk.RowKind(rows_fraction=1, **kind))
+    return (PLAIN, RowKind(rows_fraction=1, **kind))
 
 
+TURNS = (
+    RowKind(rows_fraction=0.6, chunk_probabilities=(0.2, 0.3, 0.5), arrangement="turns"),
+    RowKind(rows_fraction=0.2, hop_tokens=7, arrangement="turns"),
+    RowKind(rows_fraction=0.2, chunk_probabilities=(0.5, 0.5)),
+)
 THREE = always(chunk_probabilities=(0, 0, 1.0))
 MIXED = (
-    utk.RowKind(rows_fraction=0.3, chunk_probabilities=(1.0,)),
-    utk.RowKind(rows_fraction=0.5, chunk_probabilities=(0.2, 0.3, 0.3, 0.2)),
-    utk.RowKind(rows_fraction=0.2, hop_tokens=5),
+    RowKind(rows_fraction=0.3, chunk_probabilities=(1.0,)),
+    RowKind(rows_fraction=0.5, chunk_probabilities=(0.2, 0.3, 0.3, 0.2)),
+    RowKind(rows_fraction=0.2, hop_tokens=5),
 )
 
 
@@ -99,6 +114,8 @@ def slow_chunks(document, kind, cuts, rng):
         elif len(document) >= count > 1:
             bounds += [len(document) // count * number for number in range(1, count)]
     chunks = [document[begin:end] for begin, end in zip(bounds, [*bounds[1:], len(document)], strict=True)]
+    if kind.arrangement == "turns":
+        return chunks
     marked = []
     for number, chunk in enumerate(chunks):
         head, tail = [f"<|head{number}|>"], [f"<|tail{number}|>"]
@@ -119,6 +136,9 @@ def slow_row(pieces, config, index):
     total = sum(map(len, chunks))
     if total == len(chunks):
         order = [(number, 0) for number in range(total)]
+    elif kind.arrangement == "turns":
+        rounds = range(max(map(len, chunks)))
+        order = [(number, chunk) for chunk in rounds for number in range(len(chunks)) if chunk < len(chunks[number])]
     else:
         places = list(rng.permutation(total - 1))
         at = {total - 1: (len(chunks) - 1, len(chunks[-1]) - 1)}
@@ -127,7 +147,7 @@ def slow_row(pieces, config, index):
             for chunk, place in enumerate(sorted(mine) if config.preserve_partial_order else mine):
                 at[place] = (number, chunk)
         order = [at[place] for place in range(total)]
-    if not config.enable_backtracing:
+    if not config.enable_backtracing or kind.arrangement == "turns":
         return [token for number, chunk in order for token in chunks[number][chunk]]
     ids = ["".join(CHARACTERS[c] for c in row) for row in rng.integers(62, size=(total, 6))]
     name = {key: [("id", character) for character in ids[slot]] for slot, key in enumerate(order)}
@@ -165,7 +185,7 @@ def slow_record(laid, row_tokens, info):
 @given(
     st.lists(st.integers(0, 150), min_size=1, max_size=12).filter(any),
     st.integers(64, 130),
-    st.sampled_from([THREE, MIXED, always(hop_tokens=4)]),
+    st.sampled_from([THREE, MIXED, TURNS, always(hop_tokens=4)]),
     st.sampled_from(["uniform", "equal"]),
     st.booleans(),
     st.booleans(),
@@ -186,78 +206,6 @@ def test_rows_equal_those_of_plain_lists(
     assert [(row["input_ids"], row["loss_mask"]) for row in rows] == [slow[index] for index in order]
 
 
-def knotted(lengths, seed=0, index=0, **fields):
-    return utk.draw_knot(utk.UtkConfig(row_tokens=99, seed=seed, **fields), index, lengths)
-
-
-@quick
-@given(st.lists(st.integers(1, 80), min_size=1, max_size=9), st.integers(0, 99), st.booleans())
-def test_every_chunk_is_placed_once_and_the_last_stays_last(lengths, index, ordered):
-    knot = knotted(lengths, index=index, row_kinds=MIXED, preserve_partial_order=ordered)
-    for document, length in enumerate(lengths):
-        own = sorted((chunk for chunk in knot.chunks if chunk.document == document), key=lambda chunk: chunk.number)
-        assert [chunk.number for chunk in own] == list(range(len(own)))
-        assert [chunk.start for chunk in own] == [0, *(chunk.end for chunk in own[:-1])]
-        assert own[-1].end == length and all(chunk.start < chunk.end for chunk in own)
-        assert [chunk.is_last for chunk in own] == [False] * (len(own) - 1) + [True]
-    last = knot.chunks[-1]
-    assert last.document == len(lengths) - 1 and last.is_last
-
-
-@quick
-@given(st.lists(st.integers(3, 80), min_size=2, max_size=9), st.integers(0, 99))
-def test_partial_order_keeps_each_documents_chunks_in_order(lengths, index):
-    knot = knotted(lengths, index=index, row_kinds=THREE)
-    for document in range(len(lengths)):
-        own = [chunk.number for chunk in knot.chunks if chunk.document == document]
-        assert own == [0, 1, 2]
-
-
-def test_without_partial_order_chunks_come_in_any_order_and_documents_are_mixed():
-    orders, interleaved = set(), 0
-    for index in range(60):
-        knot = knotted([30, 30], index=index, row_kinds=THREE, preserve_partial_order=False)
-        orders.add(tuple(chunk.number for chunk in knot.chunks if chunk.document == 0))
-        interleaved += [chunk.document for chunk in knot.chunks] not in ([0] * 3 + [1] * 3, [1] * 3 + [0] * 3)
-    assert len(orders) == 6
-    assert interleaved > 30
-
-
-def test_cuts_are_distinct_and_uniform():
-    config = utk.UtkConfig(row_tokens=99, row_kinds=THREE)
-    rng = np.random.default_rng(0)
-    counts = np.zeros(10)
-    for _ in range(3000):
-        first, second = utk.draw_cuts(config, THREE[1], 10, rng)
-        assert 1 <= first < second <= 9
-        counts[[first, second]] += 1
-    assert all(abs(counts[1:] - 3000 * 2 / 9) < 100)
-
-
-def test_cuts_by_hand():
-    rng = np.random.default_rng(0)
-    equal = utk.UtkConfig(row_tokens=99, row_kinds=THREE, cuts="equal")
-    assert utk.draw_cuts(equal, THREE[1], 11, rng) == [3, 6]
-    assert utk.draw_cuts(equal, THREE[1], 2, rng) == []
-    hops = utk.RowKind(rows_fraction=1, hop_tokens=4)
-    assert utk.draw_cuts(equal, hops, 12, rng) == [4, 8]
-    assert utk.draw_cuts(equal, hops, 4, rng) == []
-
-
-def test_the_share_of_cut_rows_is_the_share_asked_for():
-    config = utk.UtkConfig(row_tokens=99)
-    cut = sum(utk.draw_knot(config, index, [40, 50]).is_cut for index in range(3000))
-    assert 0.27 < cut / 3000 < 0.33
-
-
-def test_a_row_depends_on_its_index_and_not_on_how_many_there_are():
-    config = utk.UtkConfig(row_tokens=99, row_kinds=MIXED, enable_backtracing=True)
-    alone = utk.draw_knot(config, 17, [40, 9])
-    many = [utk.draw_knot(config, index, [40, 9]) for index in range(20)]
-    assert many[17] == alone
-    assert len({str(knot) for knot in many}) > 10
-
-
 def test_markers_stand_at_the_cuts_and_differ(tmp_path, tokenizer):
     (row,), artifact, _ = make_rows(tmp_path, tokenizer, [12], row_tokens=64, row_kinds=THREE)
     names = {number: token for token, number in tokenizer[1].added_tokens.items()}
@@ -274,7 +222,9 @@ def test_markers_stand_at_the_cuts_and_differ(tmp_path, tokenizer):
 def test_listings_name_the_chunks_in_their_original_order_after_the_last_placed(tmp_path, tokenizer):
     fields = {"row_kinds": THREE, "preserve_partial_order": False, "enable_backtracing": True}
     rows, _, _ = make_rows(tmp_path, tokenizer, [40, 30, 50], row_tokens=400, **fields)
-    open_id, close_id, listing, between, end = (tokenizer[1].added_tokens[token] for token in utk.BACKTRACING_TOKENS)
+    open_id, close_id, listing, between, end = (
+        tokenizer[1].added_tokens[token] for token in knot_rules.BACKTRACING_TOKENS
+    )
     (row,) = rows
     ids = row["input_ids"]
     assert ids.count(listing) == ids.count(end) == 3, "the last document is listed too"
@@ -307,14 +257,6 @@ def test_no_target_follows_a_listing_even_where_text_follows(tmp_path, tokenizer
     assert any(token >= 100 for _, token in followed), "the case occurred"
 
 
-def test_a_row_in_which_nothing_is_cut_stays_as_it_is():
-    kinds = (utk.RowKind(rows_fraction=1, chunk_probabilities=(1.0, 0)),)
-    for index in range(10):
-        knot = knotted([5, 6, 7, 8], index=index, row_kinds=kinds)
-        assert [chunk.document for chunk in knot.chunks] == [0, 1, 2, 3]
-        assert not knot.is_cut
-
-
 def test_documents_that_are_not_cut_get_neither_markers_nor_ids(tmp_path, tokenizer):
     kinds = always(chunk_probabilities=(0, 0, 1.0))
     rows, _, _ = make_rows(tmp_path, tokenizer, [1] * 40, row_tokens=64, row_kinds=kinds, enable_backtracing=True)
@@ -322,7 +264,7 @@ def test_documents_that_are_not_cut_get_neither_markers_nor_ids(tmp_path, tokeni
 
 
 def test_plain_rows_are_the_concatenated_documents(tmp_path, tokenizer):
-    kinds = (utk.RowKind(rows_fraction=1, chunk_probabilities=(1.0,)),)
+    kinds = (RowKind(rows_fraction=1, chunk_probabilities=(1.0,)),)
     rows, artifact, _ = make_rows(tmp_path, tokenizer, row_tokens=70, row_kinds=kinds)
     assert artifact.counts["num_tokens_trimmed"] == artifact.counts["num_rows_cut"] == 0
     assert artifact.counts["num_tokens_kept"] == sum(LENGTHS)
@@ -348,15 +290,6 @@ def test_a_limit_keeps_the_first_rows_of_the_shuffle(tmp_path, tokenizer):
     assert artifact.counts["num_tokens_dropped_over_limit"] > 0
 
 
-def test_added_tokens_are_those_that_the_config_inserts():
-    assert utk.marker_tokens(1) == ()
-    assert utk.marker_tokens(3) == ("<|tail0|>", "<|head1|>", "<|tail1|>", "<|head2|>")
-    assert len(set(utk.marker_tokens(9))) == 16
-    assert utk.added_tokens(utk.UtkConfig(row_tokens=99)) == utk.marker_tokens(3)
-    everything = utk.UtkConfig(row_tokens=99, row_kinds=MIXED, enable_backtracing=True)
-    assert utk.added_tokens(everything) == EVERY_TOKEN
-
-
 def test_a_marker_that_the_tokenizer_lacks_is_named(tmp_path):
     inputs = {"tokens": write_tokens(tmp_path / "tokens", {"a": [100]}, tokenizer_info(["<|tail0|>"]))}
     with pytest.raises(ValueError, match=r"'<\|head1\|>', which the tokenizer lacks: add it to encode.added_tokens"):
@@ -372,24 +305,132 @@ def test_backtracing_needs_the_tokenizer_of_the_tokens(tmp_path, tokenizer):
         run_stage(utk, config, inputs | {"tokenizer": tokenizer[0]}, tmp_path / "other")
 
 
-EITHER = "either chunk_probabilities or hop_tokens"
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"rows_fraction": 1}, EITHER),
-        (
-            {"rows_fraction": 1, "hop_tokens": 4, "chunk_probabilities": (1,)},
-            EITHER,
-        ),
-        (
-            {"rows_fraction": 1, "chunk_probabilities": (0.5, 0.4)},
-            "chunk_probabilities must be",
-        ),
-        ({"rows_fraction": 0.5, "hop_tokens": 4}, "rows_fraction of row_kinds must be non-negative and add up"),
-    ],
+@quick
+@given(
+    st.lists(st.integers(0, 300), min_size=1, max_size=25).filter(any),
+    st.integers(64, 130),
+    st.sampled_from([THREE, MIXED, TURNS]),
+    st.integers(1, 900),
+    st.booleans(),
 )
-def test_bad_row_kinds_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        utk.UtkConfig(row_tokens=99, row_kinds=(utk.RowKind(**fields),))
+def test_every_token_is_kept_or_counted_for_any_units(
+    tmp_path_factory, tokenizer, lengths, row_tokens, kinds, group_tokens, backtracing
+):
+    fields = {"row_tokens": row_tokens, "row_kinds": kinds, "group_tokens": group_tokens}
+    _, artifact, _ = make_rows(
+        tmp_path_factory.mktemp("rows"), tokenizer, lengths, enable_backtracing=backtracing, **fields
+    )
+    counts = artifact.counts
+    assert counts["num_tokens_kept"] + counts["num_tokens_trimmed"] == counts["num_tokens_in"] == sum(lengths)
+
+
+@quick
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    st.integers(0, 99),
+    st.sampled_from([THREE, MIXED, TURNS]),
+    st.booleans(),
+)
+def test_rows_reassemble_into_the_documents_they_came_from(
+    tmp_path_factory, tokenizer, lengths, seed, kinds, backtracing
+):
+    # One row with room for all markers.
+    fields = {"row_tokens": 8000, "row_kinds": kinds, "seed": seed, "enable_backtracing": backtracing}
+    (row,), artifact, documents = make_rows(tmp_path_factory.mktemp("rows"), tokenizer, lengths, **fields)
+    assert artifact.counts["num_tokens_trimmed"] == 0
+    found = {name: [] for name in documents}
+    for segment in sorted(row["segments"], key=lambda segment: segment["start"]):
+        end = segment["row_start"] + segment["num_tokens"]
+        found[segment["doc_id"]] += row["input_ids"][segment["row_start"] : end]
+    assert found == documents
+
+
+@quick
+@given(st.lists(st.integers(3, 60), min_size=1, max_size=8), st.integers(0, 99), st.booleans())
+def test_ids_and_listings_alone_reassemble_the_documents(tmp_path_factory, tokenizer, lengths, seed, ordered):
+    fields = {"row_tokens": 4000, "row_kinds": THREE, "seed": seed, "preserve_partial_order": ordered}
+    (row,), _, documents = make_rows(
+        tmp_path_factory.mktemp("rows"), tokenizer, lengths, enable_backtracing=True, **fields
+    )
+    chunks, listings = read_row(row["input_ids"], tokenizer[1].added_tokens)
+    texts = [[token for name in names for token in chunks[name]] for names in listings]
+    assert sorted(texts) == sorted([*ids, EOS] for ids in documents.values())
+
+
+def read_row(ids, added):
+    """The chunks by id, and the listings, that a row of nothing but cut documents spells."""
+    names = {number: token for token, number in added.items()}
+    chunks, listings, name, into = {}, [], "", None
+    for token in ids[1:]:
+        sign = names.get(token, "")
+        if sign in ("<D>", "<S>"):
+            name, into = "", sign
+            listings += [[]] if sign == "<S>" else []
+        elif sign == "</D>":
+            chunks[name], into = [], "text"
+        elif sign in ("<s>", "</S>"):
+            listings[-1].append(name)
+            name = ""
+        elif into == "text" and (token == EOS or not sign):
+            chunks[name].append(token)
+            into = None if token == EOS else into
+        elif into in ("<D>", "<S>") and token != EOS:
+            name += CHARACTERS[token - FIRST_CHARACTER_ID]
+    return chunks, listings
+
+
+def test_documents_take_turns(tmp_path, tokenizer):
+    kinds = (RowKind(rows_fraction=1, hop_tokens=4, arrangement="turns"),)
+    (row,), artifact, _ = make_rows(tmp_path, tokenizer, [10, 3, 6], row_tokens=64, row_kinds=kinds)
+    order = [f"d{number:03d}" for number in seeded_rng(0, "utk", "documents").permutation(3)]
+    pieces = {"d000": [0, 4, 8], "d001": [0], "d002": [0, 4]}
+    turns = [(name, pieces[name][turn]) for turn in range(3) for name in order if turn < len(pieces[name])]
+    assert [(segment["doc_id"], segment["start"]) for segment in row["segments"]] == turns
+    assert artifact.counts["num_tokens_inserted"] == 4, "the begin token and separators, and no marker"
+    assert row["loss_mask"] == [False, *[True] * 22, *[False] * 41]
+
+
+def test_the_order_in_which_units_are_done_changes_no_byte(tmp_path, tokenizer):
+    where, info = tokenizer
+    inputs = {"tokens": write_tokens(tmp_path / "tokens", numbered_documents(LENGTHS * 4), info), "tokenizer": where}
+    config = utk.UtkConfig(row_tokens=70, row_kinds=MIXED, enable_backtracing=True, group_tokens=300)
+    folders = run_stage(utk, config, inputs, tmp_path / "on"), run_backwards(utk, config, inputs, tmp_path / "back")
+    forth, back = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert forth == back
+    assert read_artifact(folders[0]).details["num_units"] > 3
+
+
+def test_several_units_pad_one_row_at_most(tmp_path, tokenizer):
+    kinds = (RowKind(rows_fraction=1, chunk_probabilities=(1.0,)),)
+    fields = {"row_tokens": 70, "row_kinds": kinds, "group_tokens": 300}
+    rows, artifact, _ = make_rows(tmp_path / "pad", tokenizer, LENGTHS * 4, **fields)
+    assert artifact.details["num_units"] > 3
+    assert sum(row["input_ids"][-2:] == [EOS, EOS] for row in rows) <= 1
+    _, artifact, _ = make_rows(tmp_path / "drop", tokenizer, LENGTHS * 4, partial_row="drop", **fields)
+    assert artifact.counts["num_tokens_padding"] == 0
+
+
+def test_rows_of_chats_learn_what_the_tokens_say(tmp_path):
+    record = {"doc_id": "a", "source": "test", "input_ids": list(range(100, 120)), "loss_mask": [False, True] * 10}
+    table = pa.Table.from_pylist([record], schema=tokens_schema(loss_mask=True))
+    write_shard(tmp_path / "tokens", "tokens", 0, table)
+    info = tokenizer_info(knot_rules.marker_tokens(3))
+    write_artifact(tmp_path / "tokens", Artifact(kind="tokens", tokenizer=info))
+    config = utk.UtkConfig(row_tokens=64, row_kinds=THREE)
+    (row,) = read_table(run_stage(utk, config, {"tokens": tmp_path / "tokens"}, tmp_path / "out"), "rows").to_pylist()
+    heads = {segment["row_start"] for segment in row["segments"][1:]}
+    for place, (token, target) in enumerate(zip(row["input_ids"], row["loss_mask"], strict=True)):
+        if token >= 100:
+            assert target == (token % 2 == 1 and place not in heads)
+
+
+def test_a_gigantic_document_is_cut_in_each_of_its_rows(tmp_path, tokenizer):
+    rows, artifact, _ = make_rows(tmp_path, tokenizer, [0, 5000, 2], row_tokens=70, row_kinds=THREE)
+    assert artifact.counts["num_rows_cut"] == len(rows) == -(-5004 // 69)
+    # Two rows hold the end of one document and another; of a few, markers push a short last chunk over the end.
+    assert sum(len(row["segments"]) == 3 for row in rows) > 0.8 * len(rows)
+
+
+def test_documents_without_tokens_are_an_error(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="every document of slot tokens is empty"):
+        make_rows(tmp_path, tokenizer, [0, 0], row_tokens=70)
