@@ -74,18 +74,19 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[T
     group = q.shape[1] // k.shape[1]
     k, v = torch.repeat_interleave(k, group, dim=1), torch.repeat_interleave(v, group, dim=1)
     scores = torch.einsum("bhld,bhsd->bhls", q, k) / q.shape[-1] ** 0.5
+    visible = torch.repeat_interleave(visible, q.shape[1] // visible.shape[1], dim=1)
     scores = torch.where(visible, scores, -torch.inf)
     return torch.einsum("bhls,bhsd->bhld", torch.softmax(scores, dim=-1), v), torch.logsumexp(scores, dim=-1)
 
 
 def random_plan(
-    batch: int, q_tokens: int, k_tokens: int, seed: int, *, has_empty_queries: bool = True
+    batch: int, q_tokens: int, k_tokens: int, seed: int, *, plan_heads: int = 1, has_empty_queries: bool = True
 ) -> AttentionPlan:
     """Unrelated intervals at every query: empty, overlapping, nested, beyond the diagonal."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, (batch, q_tokens), generator=generator, dtype=torch.int32)
+        return torch.randint(low, high + 1, (batch, plan_heads, q_tokens), generator=generator, dtype=torch.int32)
 
     lo, hi = draw(0, k_tokens - 1), draw(-1, k_tokens - 1)
     if not has_empty_queries:

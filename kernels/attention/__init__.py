@@ -5,16 +5,33 @@
 
 from .api import Implementation, sparse_attention, sparse_attention_bwd
 from .merge import merge_branches
-from .patterns import anchor, causal, document
-from .plan import AttentionPlan
+from .patterns import (
+    anchor,
+    block_lists,
+    causal,
+    document,
+    lambda_branches,
+    shared_prefix,
+    shifted_groups,
+    sink_shifted_groups,
+    sliding_window,
+)
+from .plan import AttentionPlan, BlockLists
 
 __all__ = [
     "AttentionPlan",
+    "BlockLists",
     "Implementation",
     "anchor",
+    "block_lists",
     "causal",
     "document",
+    "lambda_branches",
     "merge_branches",
+    "shared_prefix",
+    "shifted_groups",
+    "sink_shifted_groups",
+    "sliding_window",
     "sparse_attention",
     "sparse_attention_bwd",
 ]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .plan import AttentionPlan
 
-Implementation = Literal["auto", "segmented", "reference"]
+QUERIES_OF_A_PIECE = 32
+Implementation = Literal["auto", "segmented", "tiled", "reference"]
 
 
 def sparse_attention(
@@ -34,16 +35,20 @@ def sparse_attention(
     fp32 (fp64 for fp64 input). A query that sees nothing gives out 0 and lse -inf. Gradients flow through both.
 
     `implementation`: "auto" is the fastest that suits; "segmented" runs dense attention on each piece of the plan;
-    "reference" builds the dense mask and is the definition. Raises ValueError for an unknown one or shapes that do
-    not fit, saying which.
+    "tiled" visits tiles, and takes any plan; "reference" builds the dense mask and is the definition. Raises ValueError
+    for an unknown one, one that cannot do the plan, or shapes that do not fit, saying which.
     """
     _check(q, k, v, plan)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    match implementation:
-        case "auto" | "segmented":
+    match _chosen(implementation, plan):
+        case "segmented":
             from . import segmented
 
             return segmented.attention(q, k, v, plan, scale)
+        case "tiled":
+            from . import tiled
+
+            return tiled.attention(q, k, v, plan, scale)
         case "reference":
             from . import reference
 
@@ -82,11 +87,15 @@ def sparse_attention_bwd(
                 f"{name} must be {list(shape)} in {dtype} to fit q, got {list(tensor.shape)} in {tensor.dtype}"
             )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    match implementation:
-        case "auto" | "segmented":
+    match _chosen(implementation, plan):
+        case "segmented":
             from . import segmented
 
             return segmented.attention_bwd(dout, q, k, v, out, lse, plan, scale)
+        case "tiled":
+            from . import tiled
+
+            return tiled.attention_bwd(dout, q, k, v, out, lse, plan, scale)
         case "reference":
             from . import reference
 
@@ -95,8 +104,17 @@ def sparse_attention_bwd(
             raise _unknown(implementation)
 
 
+def _chosen(implementation: Implementation, plan: AttentionPlan) -> Implementation:
+    """Pieces are worth their overhead where they are long on average."""
+    if implementation != "auto":
+        return implementation
+    if plan.blocks is None and plan.num_breaks() * QUERIES_OF_A_PIECE <= plan.lo.numel():
+        return "segmented"
+    return "tiled"
+
+
 def _unknown(implementation: str) -> ValueError:
-    return ValueError(f"implementation must be auto, segmented or reference, got {implementation!r}")
+    return ValueError(f"implementation must be auto, segmented, tiled or reference, got {implementation!r}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
@@ -115,6 +133,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
         raise ValueError(
             f"the plan is for batch {plan.batch}, {plan.q_tokens} queries and {plan.k_tokens} keys, got {shapes}"
         )
+    if q.shape[1] % plan.plan_heads:
+        raise ValueError(f"the {q.shape[1]} query heads must be a multiple of the plan's {plan.plan_heads} plan heads")
     if not q.device == k.device == v.device == plan.device:
         raise ValueError(
             f"q, k, v and the plan must lie on one device, got {q.device}, {k.device}, {v.device} and {plan.device}; "

@@ -21,7 +21,7 @@ FLAT, STEP, BREAK = 0, 1, 2
 
 @dataclass(frozen=True)
 class Piece:
-    """Queries [q_start, q_stop) against keys [k_start, k_stop), in the rows [row_start, row_stop) of the batch."""
+    """Queries [q_start, q_stop) against keys [k_start, k_stop), in the rows [row_start, row_stop) of B x P."""
 
     row_start: int
     row_stop: int

@@ -44,9 +44,10 @@ def attention_bwd(
 
 def _scores(q: Tensor, k: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """[B, H, L, S]; -inf where the key is not visible."""
-    return (q @ _repeat_heads(k, q.shape[1]).mT * scale).masked_fill(~plan.visible(), -torch.inf)
+    hidden = _repeat_heads(~plan.visible(), q.shape[1])
+    return (q @ _repeat_heads(k, q.shape[1]).mT * scale).masked_fill(hidden, -torch.inf)
 
 
 def _repeat_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, G, S, D] to [B, H, S, D]: consecutive query heads share a key/value head."""
+    """[B, G, ...] to [B, H, ...]: consecutive query heads share a key/value head, or a plan head."""
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)

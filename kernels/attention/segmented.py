@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import rectangle
+from .folding import fold, unfold
 from .pieces import Piece
 from .plan import AttentionPlan
 
@@ -24,13 +25,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
 
     A query that sees nothing gives out 0 and lse -inf, and all its gradients are 0.
     """
-    return _SegmentedAttention.apply(q, k, v, plan, scale)
+    folded = (fold(x, plan.plan_heads, q.shape[1]) for x in (q, k, v))
+    out, lse = _SegmentedAttention.apply(*folded, plan, scale)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), each summed over the pieces in fp32 or better; `out` and `lse` may be merged ones."""
+    heads, shapes = q.shape[1], (q.shape, k.shape)
+    folded = (fold(x, plan.plan_heads, heads) for x in (dout, q, k, v, out, lse))
+    dq, dk, dv = _backward(*folded, plan, scale)
+    return dq.reshape(shapes[0]), unfold(dk, shapes[1]), unfold(dv, shapes[1])
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: AttentionPlan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out = (_unit_stride(tensor) for tensor in (dout, q, k, v, out))
     dq, dk, dv = (torch.zeros(x.shape, dtype=_working_dtype(x), device=x.device) for x in (q, k, v))
     for piece in plan.pieces:
@@ -62,7 +74,7 @@ class _SegmentedAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dq = dk = dv = None
         if dout is not None:
-            dq, dk, dv = attention_bwd(dout, q, k, v, out, lse, ctx.plan, ctx.scale)
+            dq, dk, dv = _backward(dout, q, k, v, out, lse, ctx.plan, ctx.scale)
         if dlse is not None:
             dq_lse, dk_lse = _lse_bwd(dlse, q, k, lse, ctx.plan, ctx.scale)
             dq = dq_lse if dq is None else dq + dq_lse
@@ -97,7 +109,7 @@ def _lse_bwd(
     unit = torch.zeros(k.shape[-1], dtype=k.dtype, device=k.device)
     unit[0] = 1
     dout = dlse.to(q.dtype).unsqueeze(-1) * unit
-    dq, dk, _ = attention_bwd(dout, q, k, unit.expand(k.shape), torch.zeros_like(q), lse, plan, scale)
+    dq, dk, _ = _backward(dout, q, k, unit.expand(k.shape), torch.zeros_like(q), lse, plan, scale)
     return dq, dk
 
 

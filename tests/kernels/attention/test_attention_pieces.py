@@ -43,13 +43,13 @@ def test_runs_of_flat_growing_and_sliding_intervals_are_covered_exactly_once(run
         for step in range(length):
             first = start + (step if kind == 2 else 0)
             edges.append((first, first + width + (step if kind == 1 else 0) - 1 + (step if kind == 2 else 0)))
-    lo, hi = torch.tensor(edges, dtype=torch.int32).T.unsqueeze(1)
+    lo, hi = torch.tensor(edges, dtype=torch.int32).T[:, None, None]
     glo = torch.full_like(lo, 2)
     check(AttentionPlan(lo.contiguous(), hi.contiguous(), glo, glo + 3, k_tokens))
 
 
 def test_strictly_causal_queries_leave_the_first_one_empty():
-    hi = torch.arange(-1, 4, dtype=torch.int32).unsqueeze(0)
+    hi = torch.arange(-1, 4, dtype=torch.int32)[None, None]
     zeros = torch.zeros_like(hi)
     check(AttentionPlan(zeros, hi, zeros, zeros, 5))
 

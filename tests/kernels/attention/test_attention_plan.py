@@ -12,7 +12,7 @@ SIZES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.in
 
 
 def visible_by_definition(plan: AttentionPlan, row: int, i: int, j: int) -> bool:
-    lo, hi, glo, ghi = (int(getattr(plan, name)[row, i]) for name in ("lo", "hi", "glo", "ghi"))
+    lo, hi, glo, ghi = (int(getattr(plan, name)[row, 0, i]) for name in ("lo", "hi", "glo", "ghi"))
     return lo <= j <= hi or glo <= j < ghi
 
 
@@ -32,7 +32,7 @@ def test_visible_is_the_union_of_both_intervals(sizes):
 @settings(max_examples=60, deadline=None)
 def test_num_visible_counts_a_key_in_both_intervals_once(sizes):
     plan = random_plan(*sizes)
-    assert torch.equal(plan.num_visible(), plan.visible().sum(dim=(1, 2, 3)))
+    assert torch.equal(plan.num_visible(), plan.visible().sum(dim=(2, 3)))
 
 
 def test_density_is_relative_to_causal_attention():
@@ -64,22 +64,22 @@ def test_moving_a_plan_keeps_its_mask():
 
 
 def tensors(**changes):
-    zeros = torch.zeros(2, 4, dtype=torch.int32)
+    zeros = torch.zeros(2, 1, 4, dtype=torch.int32)
     return {"lo": zeros, "hi": zeros, "glo": zeros, "ghi": zeros, "k_tokens": 4} | changes
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lo": torch.zeros(4, dtype=torch.int32)}, r"lo must be \[batch, q_tokens\]"),
-        ({"lo": torch.zeros(0, 4, dtype=torch.int32)}, "no empty dimension"),
-        ({"hi": torch.zeros(2, 4, dtype=torch.int64)}, "hi must be int32, got torch.int64"),
-        ({"glo": torch.zeros(2, 5, dtype=torch.int32)}, r"glo must match lo .* got \[2, 5\]"),
-        ({"ghi": torch.zeros(2, 4, dtype=torch.int32, device="meta")}, "ghi must match lo .* on meta"),
-        ({"hi": torch.full((2, 4), 4, dtype=torch.int32)}, r"hi must lie in \[-1, 3\] for k_tokens=4"),
-        ({"lo": torch.full((2, 4), -1, dtype=torch.int32)}, r"lo must lie in \[0, 4\]"),
-        ({"ghi": torch.full((2, 4), 5, dtype=torch.int32)}, r"ghi must lie in \[0, 4\]"),
-        ({"glo": torch.full((2, 4), -2, dtype=torch.int32)}, r"glo must lie in \[0, 4\]"),
+        ({"lo": torch.zeros(2, 4, dtype=torch.int32)}, r"lo must be \[batch, plan_heads, q_tokens\]"),
+        ({"lo": torch.zeros(0, 1, 4, dtype=torch.int32)}, "no empty dimension"),
+        ({"hi": torch.zeros(2, 1, 4, dtype=torch.int64)}, "hi must be int32, got torch.int64"),
+        ({"glo": torch.zeros(2, 1, 5, dtype=torch.int32)}, r"glo must match lo .* got \[2, 1, 5\]"),
+        ({"ghi": torch.zeros(2, 1, 4, dtype=torch.int32, device="meta")}, "ghi must match lo .* on meta"),
+        ({"hi": torch.full((2, 1, 4), 4, dtype=torch.int32)}, r"hi must lie in \[-1, 3\] for k_tokens=4"),
+        ({"lo": torch.full((2, 1, 4), -1, dtype=torch.int32)}, r"lo must lie in \[0, 4\]"),
+        ({"ghi": torch.full((2, 1, 4), 5, dtype=torch.int32)}, r"ghi must lie in \[0, 4\]"),
+        ({"glo": torch.full((2, 1, 4), -2, dtype=torch.int32)}, r"glo must lie in \[0, 4\]"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(changes, message):

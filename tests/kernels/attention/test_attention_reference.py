@@ -58,8 +58,8 @@ def test_derivatives_of_out_and_lse_are_the_numerical_ones():
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_no_nan():
-    lo = torch.tensor([[0, 3, 0]], dtype=torch.int32)
-    hi = torch.tensor([[0, 2, 1]], dtype=torch.int32)
+    lo = torch.tensor([[[0, 3, 0]]], dtype=torch.int32)
+    hi = torch.tensor([[[0, 2, 1]]], dtype=torch.int32)
     plan = AttentionPlan(lo, hi, lo, lo, 3)
     q, k, v, dout = attention_inputs(plan)
     out, lse = reference(q, k, v, plan)

@@ -58,7 +58,7 @@ def test_backward_of_each_branch_with_merged_results_sums_to_the_wholes(implemen
 
 
 def test_queries_that_no_branch_sees_stay_empty_without_nan():
-    nothing = AttentionPlan(*(torch.full((1, 4), edge, dtype=torch.int32) for edge in (1, 0, 0, 0)), k_tokens=4)
+    nothing = AttentionPlan(*(torch.full((1, 1, 4), edge, dtype=torch.int32) for edge in (1, 0, 0, 0)), k_tokens=4)
     q, k, v, dout = attention_inputs(nothing)
     out, lse = merge_branches([sparse_attention(q, k, v, nothing) for _ in range(2)])
     assert out.count_nonzero() == 0

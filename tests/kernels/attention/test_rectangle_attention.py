@@ -12,7 +12,7 @@ VERSIONS = [(rectangle.forward, rectangle.backward), (rectangle.plain_forward, r
 def plan_of(shape):
     if shape == "triangle":
         return causal(2, 37)
-    zeros = torch.zeros(2, 13, dtype=torch.int32)
+    zeros = torch.zeros(2, 1, 13, dtype=torch.int32)
     return AttentionPlan(zeros, zeros + 40, zeros, zeros, 41)
 
 
