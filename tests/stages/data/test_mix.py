@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from row_invariants import BOS, run_stage, tokenizer_info
 
-from ropewalk.stages.data import mix
+from ropewalk.stages.data import distinct, mix
+from ropewalk.stages.data.distinct import DistinctNames
 from ropewalk.stages.data.mix import MixConfig
 from ropewalk.stages.data.quotas import largest_remainder
 from ropewalk.stages.schema import (
@@ -242,7 +243,20 @@ def test_rows_that_cannot_be_mixed_are_errors_that_name_the_slots(tmp_path):
         mixed(tmp_path / "4", {**slots, "b": wrong}, **halves)
 
 
-@pytest.mark.parametrize("fractions", [{}, {"a": 0.5, "b": 0.4}, {"a": 1.5, "b": -0.5}])
+@settings(deadline=None, max_examples=30)
+@given(names=st.lists(st.sets(st.integers(0, 40), max_size=12), max_size=6), part=st.integers(1, 50))
+def test_documents_are_counted_once_however_they_are_spread(names, part, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distinct, "_PART_NAMES", part)
+        counted = DistinctNames(tmp_path_factory.mktemp("distinct") / "names")
+        for some in names:
+            counted.add(f"d{number}" for number in some)
+        assert counted.count() == len(set().union(*names))
+
+
+@pytest.mark.parametrize(
+    "fractions", [{}, {"a": 0.5, "b": 0.4}, {"a": 1.5, "b": -0.5}, {"a": float("nan")}, {"a": float("inf")}]
+)
 def test_fractions_that_do_not_sum_to_one_are_refused_and_listed(fractions):
     with pytest.raises(ValidationError, match="fractions" if not fractions else str(fractions).replace("{", r"\{")):
         MixConfig(fractions=fractions, num_rows=1)
