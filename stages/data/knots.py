@@ -130,7 +130,7 @@ def draw_knots(rules: KnotRules, keys: Sequence[bytes], row_offsets: np.ndarray,
     """Decide everything about rows, one key each, whose documents have these lengths (see `body_lengths`)."""
     import numpy as np
 
-    from ropewalk.stages.data.compiled import utk
+    from ropewalk.stages.data.compiled.knot_draws import draw
 
     kinds = rules.row_kinds
     hops = np.array([kind.hop_tokens or 0 for kind in kinds], np.int64)
@@ -145,7 +145,7 @@ def draw_knots(rules: KnotRules, keys: Sequence[bytes], row_offsets: np.ndarray,
     num_characters = ID_CHARACTERS if rules.enable_backtracing else 0
     characters = np.zeros((room, num_characters), np.uint8)
     drawn_kinds, is_cut = np.empty(len(keys), np.int64), np.empty(len(keys), np.bool_)
-    num_chunks = utk.draw(
+    num_chunks = draw(
         np.frombuffer(b"".join(keys), "<u8").reshape(len(keys), 2),
         row_offsets,
         lengths,
@@ -192,7 +192,7 @@ def lay_knots(
     """
     import numpy as np
 
-    from ropewalk.stages.data.compiled import utk
+    from ropewalk.stages.data.compiled.utk import lay
 
     num_rows, num_chunks = plan.num_rows, len(knots.ends)
     tables = np.array([_table(kind) for kind in rules.row_kinds], np.int64)[knots.kinds]
@@ -202,7 +202,7 @@ def lay_knots(
     offsets, padding = np.empty(num_rows + 1, np.int64), np.empty(num_rows, np.int64)
     documents, tokens, row_starts = (np.empty(num_chunks, np.int32) for _ in range(3))
     starts = np.empty(num_chunks, np.int64)
-    utk.lay(
+    lay(
         plan.row_offsets,
         plan.documents,
         plan.starts,

@@ -1,4 +1,4 @@
-"""Untie the Knots, the inner loops: what is drawn for each row, and how its chunks are laid.
+"""Untie the Knots, the inner loop that lays rows.
 
 Chunks of a batch of rows are numbered in the order of their rows, documents (pieces) and places in the document.
 """
@@ -10,157 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ropewalk.stages.data.compiled import draws
-
 NUM_TABLES = 2
-
-
-@njit(cache=True)
-def _cut(state: Any, length: int, hop: int, cumulative: Any, is_equal: bool, ends: Any) -> int:
-    """Draw how a document of `length` tokens is cut, and write where its chunks end. Returns how many there are."""
-    if hop > 0:
-        num_chunks = (length + hop - 1) // hop
-        for chunk in range(num_chunks):
-            ends[chunk] = min(length, (chunk + 1) * hop)
-        return num_chunks
-    num_chunks = draws.weighted(state, cumulative) + 1
-    if length < num_chunks:
-        num_chunks = 1
-    if num_chunks > 1 and is_equal:
-        for chunk in range(num_chunks - 1):
-            ends[chunk] = length // num_chunks * (chunk + 1)
-    elif num_chunks > 1:
-        cuts = draws.sample(state, length - 1, num_chunks - 1)
-        _sort(cuts)
-        ends[: num_chunks - 1] = cuts + 1
-    ends[num_chunks - 1] = length
-    return num_chunks
-
-
-@njit(cache=True)
-def _sort(values: Any) -> None:
-    """Sort in place; there are hardly ever more than a few."""
-    if len(values) > 32:
-        values[:] = np.sort(values)
-        return
-    for place in range(1, len(values)):
-        value, other = values[place], place - 1
-        while other >= 0 and values[other] > value:
-            values[other + 1] = values[other]
-            other -= 1
-        values[other + 1] = value
-
-
-@njit(cache=True)
-def _tie(state: Any, counts: Any, preserve_partial_order: bool, slots: Any) -> None:
-    """Shuffle the chunks of documents with these many; write the chunk in each slot. The last chunk stays last."""
-    num_free = counts.sum() - 1
-    shuffled = draws.permutation(state, num_free)
-    if preserve_partial_order:
-        owners = np.empty(num_free, dtype=np.int64)
-        upcoming = np.empty(len(counts), dtype=np.int64)
-        place = 0
-        for document in range(len(counts)):
-            upcoming[document] = place
-            for _ in range(min(counts[document], num_free - place)):
-                owners[shuffled[place]] = document
-                place += 1
-        for slot in range(num_free):
-            slots[slot] = upcoming[owners[slot]]
-            upcoming[owners[slot]] += 1
-    else:
-        for chunk in range(num_free):
-            slots[shuffled[chunk]] = chunk
-    slots[num_free] = num_free
-
-
-@njit(cache=True)
-def _take_turns(counts: Any, slots: Any) -> None:
-    """Write the chunk in each slot: the first chunk of every document, then the second of those that have one, ..."""
-    slot = 0
-    for number in range(counts.max()):
-        begin = 0
-        for count in counts:
-            if number < count:
-                slots[slot] = begin + number
-                slot += 1
-            begin += count
-
-
-@njit(cache=True)
-def draw(
-    keys: Any,
-    row_offsets: Any,
-    lengths: Any,
-    kind_cumulative: Any,
-    chunk_offsets: Any,
-    chunk_cumulative: Any,
-    hops: Any,
-    takes_turns: Any,
-    is_equal: bool,
-    preserve_partial_order: bool,
-    num_characters: int,
-    alphabet_size: int,
-    first_chunks: Any,
-    ends: Any,
-    slots: Any,
-    characters: Any,
-    kinds: Any,
-    cut_rows: Any,
-) -> int:
-    """Decide everything about some rows, each from a random stream of its own.
-
-    Drawn in this order: the row's kind; for each document the number of chunks, unless they are hops, and its cuts;
-    the order of all chunks, if any document is cut; the ids, slot by slot.
-
-    Args:
-        keys: uint64 `[R, 2]`: of each row's stream.
-        row_offsets: int64 `[R + 1]`: where each row's documents begin.
-        lengths: int64 `[P]`: of each document, in tokens, its separator included. None is 0.
-        kind_cumulative: float64 `[K]`: cumulative shares of the kinds of rows.
-        chunk_offsets: int64 `[K + 1]`: where each kind's distribution begins.
-        chunk_cumulative: float64: the cumulative distributions of the number of chunks.
-        hops: int64 `[K]`: length of chunks, or 0.
-        takes_turns: bool `[K]`: the documents take turns instead of a shuffle, and there are no ids.
-        is_equal: Cut into chunks of equal lengths.
-        preserve_partial_order: Keep each document's chunks in their order.
-        num_characters: Of an id; 0: there are none.
-        alphabet_size: Different characters.
-        first_chunks: int64 `[P + 1]`, written: each document's first chunk.
-        ends: int64 `[C]`, written: where each chunk ends in its document.
-        slots: int64 `[C]`, written: the chunk in each slot, counted from its row's first.
-        characters: uint8 `[C, num_characters]`, written: the id of each slot.
-        kinds: int64 `[R]`, written: kind of each row.
-        cut_rows: bool `[R]`, written: some document has several chunks.
-
-    Returns:
-        How many chunks there are. C must be large enough; the caller knows the most that can be.
-    """
-    state = np.empty(draws.STATE_WORDS, dtype=np.uint64)
-    num_chunks = 0
-    first_chunks[0] = 0
-    for row in range(len(row_offsets) - 1):
-        begin, end, first = row_offsets[row], row_offsets[row + 1], num_chunks
-        draws.start(state, keys[row])
-        kind = draws.weighted(state, kind_cumulative)
-        cumulative = chunk_cumulative[chunk_offsets[kind] : chunk_offsets[kind + 1]]
-        for piece in range(begin, end):
-            num_chunks += _cut(state, lengths[piece], hops[kind], cumulative, is_equal, ends[num_chunks:])
-            first_chunks[piece + 1] = num_chunks
-        kinds[row], cut_rows[row] = kind, num_chunks - first > end - begin
-        own = slots[first:num_chunks]
-        counts = first_chunks[begin + 1 : end + 1] - first_chunks[begin:end]
-        if not cut_rows[row]:
-            own[:] = np.arange(len(own))
-        elif takes_turns[kind]:
-            _take_turns(counts, own)
-        else:
-            _tie(state, counts, preserve_partial_order, own)
-        if num_characters and not takes_turns[kind]:
-            for slot in range(first, num_chunks):
-                for place in range(num_characters):
-                    characters[slot, place] = draws.up_to(state, alphabet_size - 1)
-    return num_chunks
 
 
 @njit(cache=True, inline="always")
@@ -254,9 +104,9 @@ def lay(
         documents: int32 `[P]`: items of the corpus.
         starts: int64 `[P]`: tokens into the item.
         num_tokens: int32 `[P]`: without the separator.
-        first_chunks: int64 `[P + 1]`: see `draw`.
-        ends: int64 `[C]`: see `draw`.
-        slots: int64 `[C]`: see `draw`.
+        first_chunks: int64 `[P + 1]`: see `knot_draws.draw`.
+        ends: int64 `[C]`: see `knot_draws.draw`.
+        slots: int64 `[C]`: see `knot_draws.draw`.
         tables: int64 `[R]`: which table of markers the row uses; -1: no markers.
         head_offsets: int64 `[T * N + 1]`: where in `heads` the head of chunk n begins, for table t at t * N + n.
         heads: int32: tokens that stand before a chunk.

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.stages.data.compiled import draws
+from ropewalk.stages.data.compiled import knot_draws
 from ropewalk.stages.data.knots import stream_key
 from ropewalk.stages.schema import seeded_rng
 
@@ -20,8 +20,8 @@ draw = st.one_of(
 
 
 def state_of(*parts):
-    state = np.zeros(draws.STATE_WORDS, np.uint64)
-    draws.start(state, np.frombuffer(stream_key(*parts), "<u8"))
+    state = np.zeros(knot_draws.STATE_WORDS, np.uint64)
+    knot_draws.start(state, np.frombuffer(stream_key(*parts), "<u8"))
     return state
 
 
@@ -40,15 +40,15 @@ def numpys(rng, kind, *values):
 
 def ours(state, kind, *values):
     if kind == "uniform":
-        return [draws.uniform(state)]
+        return [knot_draws.uniform(state)]
     if kind == "up_to":
-        return [draws.up_to(state, values[0])]
+        return [knot_draws.up_to(state, values[0])]
     if kind == "permutation":
-        return draws.permutation(state, values[0]).tolist()
+        return knot_draws.permutation(state, values[0]).tolist()
     if kind == "weighted":
         sums = np.cumsum(np.array(values[0]) / sum(values[0]))
-        return [draws.weighted(state, sums / sums[-1])]
-    return draws.sample(state, values[0], min(values)).tolist()
+        return [knot_draws.weighted(state, sums / sums[-1])]
+    return knot_draws.sample(state, values[0], min(values)).tolist()
 
 
 @settings(deadline=None, max_examples=60)
@@ -69,4 +69,4 @@ def test_samples_are_numpys(count, size):
 
 def test_many_small_integers_are_numpys():
     rng, state = seeded_rng("ids"), state_of("ids")
-    assert rng.integers(62, size=(500, 6)).ravel().tolist() == [draws.up_to(state, 61) for _ in range(3000)]
+    assert rng.integers(62, size=(500, 6)).ravel().tolist() == [knot_draws.up_to(state, 61) for _ in range(3000)]
