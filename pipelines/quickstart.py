@@ -18,6 +18,7 @@ from pathlib import Path
 from ropewalk.infra.step import External, Pipeline, Resources, Step
 from ropewalk.stages import episodes
 from ropewalk.stages.data import encode, ingest, mix, pack, plant, splice, split, utk
+from ropewalk.stages.data.retrieval import neighbours
 from ropewalk.stages.episodes import EpisodeFormat
 from ropewalk.stages.evaluation import evaluate, report
 from ropewalk.stages.training import train
@@ -174,11 +175,17 @@ def _base(tokens: Step, encoded: Step) -> list[Step]:
 def _synthesis(ingested: Step, encoded: Step, tokens: Step, style: EpisodeFormat) -> list[Step]:
     """Long rows four ways, and last their mix."""
     num_rows = EXTEND_STEPS * 2
+    near = Step(
+        "neighbours",
+        neighbours,
+        neighbours.NeighboursConfig(retriever="bm25"),
+        inputs={"documents": ingested},
+    )
     spliced = Step(
         "splice",
         splice,
         splice.SpliceConfig(row_tokens=LONG_WINDOW, num_rows=num_rows),
-        inputs={"tokens": tokens, "documents": ingested},
+        inputs={"tokens": tokens, "neighbours": near},
     )
     knotted = Step("knots", utk, KNOTS, inputs={"tokens": tokens})
     packed = Step("pack", pack, pack.PackConfig(row_tokens=LONG_WINDOW, num_rows=num_rows), inputs={"tokens": tokens})
@@ -205,4 +212,4 @@ def _synthesis(ingested: Step, encoded: Step, tokens: Step, style: EpisodeFormat
         mix.MixConfig(fractions={"splice": 0.3, "knots": 0.15, "pack": 0.15, "plant": 0.4}, num_rows=num_rows),
         inputs={"splice": spliced, "knots": knotted, "pack": packed, "plant": planted},
     )
-    return [spliced, knotted, packed, planted, mixed]
+    return [near, spliced, knotted, packed, planted, mixed]

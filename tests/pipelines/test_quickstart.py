@@ -36,7 +36,7 @@ SETTINGS = {
     "evaluate.loss_bucket_edges": [0, 256, 512, LONG],
 }
 DATA_STEPS = ["ingest", "encode", "train-set", "heldout-set", *(f"lesson-{w}" for w in WINDOWS), "base"]
-DATA_STEPS += ["splice", "knots", "pack", "plant", "synthesise"]
+DATA_STEPS += ["neighbours", "splice", "knots", "pack", "plant", "synthesise"]
 
 
 @pytest.fixture(scope="module")
