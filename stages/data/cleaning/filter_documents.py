@@ -45,6 +45,7 @@ VERSION = 1
 check = check_documents
 
 _GZIP_LEVEL = 6
+_MAX_DRAWN = 9  # Sources whose limits are drawn; of more the lines could not be told apart.
 _TAILS = ("most_repetitive", "least_repetitive")
 REASONS = ("nul_bytes", "too_short", "too_long", "too_repetitive", "too_dense", *_TAILS)
 Limits = dict[str, tuple[float, float]]
@@ -255,10 +256,10 @@ def _draw_ratios(measured: Sequence[Shard], limits: Limits, path: Path) -> None:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.stairs(heights, bins, fill=True)
-    for number, (source, pair) in enumerate(limits.items()):
-        for limit in pair:
-            axes.axvline(limit, color=f"C{number % 9 + 1}", linewidth=1, label=source if limit == pair[0] else None)
-    if 0 < len(limits) <= 12:
+    if 0 < len(limits) <= _MAX_DRAWN:
+        for number, (source, pair) in enumerate(limits.items(), start=1):
+            for limit, label in zip(pair, (source, None), strict=True):
+                axes.axvline(min(limit, 1.2), color=f"C{number}", linewidth=1, label=label)
         axes.legend(fontsize="small", title="limits of")
-    axes.set(xlabel="gzip'ed bytes over bytes", ylabel="documents")
+    axes.set(xlabel="gzip'ed bytes over bytes (above 1.2: as 1.2)", ylabel="documents")
     figure.savefig(path)

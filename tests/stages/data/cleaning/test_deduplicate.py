@@ -61,7 +61,7 @@ def components(names, pairs):
     return groups
 
 
-def run(tmp_path, documents, name="out", shard_records=5, **fields):
+def run(tmp_path, documents, name="out", shard_records=12, **fields):
     source = tmp_path / f"in-{shard_records}"
     if not source.exists():
         write_corpus(source, documents, shard_records=shard_records)
@@ -104,7 +104,9 @@ def test_similarities_estimate_the_exact_ones():
 @pytest.mark.parametrize("verify", [False, True])
 def test_components_are_those_of_datasketch_on_the_same_signatures(tmp_path, verify):
     documents = families(seed=3, num_families=20, share=0.06)
-    config = DeduplicateConfig(threshold=0.6, ngram=3, num_permutations=64, enable_verification=verify)
+    config = DeduplicateConfig(
+        threshold=0.6, ngram=3, num_permutations=64, enable_verification=verify, false_negative_weight=0.5
+    )
     out = run(tmp_path, documents, **config.model_dump())
     index = MinHashLSH(threshold=config.threshold, num_perm=config.num_permutations)
     assert choose_bands(config) == (index.b, index.r)
@@ -129,6 +131,21 @@ def test_components_are_those_of_datasketch_on_the_same_signatures(tmp_path, ver
         assert row["kept_doc_id"] == min(next(g for g in groups if row["doc_id"] in g), key=order)
 
 
+def test_most_similar_pairs_are_found_when_missing_them_weighs_more(tmp_path):
+    documents = families(seed=6, num_families=50, copies=2, share=0.025)
+    shingles, signer = Shingles("word", 5), Signer(128, 1)
+    signed = {name: signer(shingles.hashes(shingles.units(text, WordHashes()))) for name, text in documents.items()}
+    similar = sum((signed[name] == signed[name[:-1] + "1"]).mean() >= 0.75 for name in documents if name.endswith("c0"))
+    assert similar > 15
+    found = {}
+    for weight in (0.95, 0.5):
+        out = run(tmp_path, documents, str(weight), 100, threshold=0.75, false_negative_weight=weight)
+        found[weight] = read_artifact(out).counts["num_dropped_near_duplicate"] / similar
+        odds = read_artifact(out).details["found_fraction_by_similarity"]["0.75"]
+        assert (odds > 0.9) == (weight == 0.95)
+    assert found[0.95] > 0.9 > 0.7 > found[0.5]
+
+
 def test_the_longest_document_stays_when_asked(tmp_path):
     base = " ".join(VOCABULARY[:200])
     documents = {"a/short": base, "a/long": base + " and more", "b/equal": base + " and mxre", "b/other": "alone here"}
@@ -139,7 +156,7 @@ def test_the_longest_document_stays_when_asked(tmp_path):
 
 def test_neither_shards_nor_their_cut_change_the_result(tmp_path):
     documents = families(seed=7, share=0.03)
-    outs = [run(tmp_path, documents, f"out{cut}", shard_records=cut, threshold=0.7) for cut in (1, 4, 100)]
+    outs = [run(tmp_path, documents, f"out{cut}", shard_records=cut, threshold=0.7) for cut in (7, 20, 100)]
     assert texts(outs[0]) == texts(outs[1]) == texts(outs[2])
     tables = [read_table(out, "duplicates").to_pylist() for out in outs]
     assert tables[0] == tables[1] == tables[2]
@@ -153,9 +170,9 @@ def test_equal_inputs_give_equal_bytes(tmp_path):
 
 def test_ranges_of_hashes_find_the_same_pairs_as_one(tmp_path, monkeypatch):
     documents = families(seed=4, num_families=30)
-    whole = run(tmp_path, documents, "whole")
-    monkeypatch.setattr(candidates, "PART_DOCUMENTS", 7)
-    assert texts(run(tmp_path, documents, "parts")) == texts(whole)
+    whole = run(tmp_path, documents, "whole", 30)
+    monkeypatch.setattr(candidates, "PART_DOCUMENTS", 40)
+    assert texts(run(tmp_path, documents, "parts", 30)) == texts(whole)
 
 
 def test_large_groups_are_compared_in_rounds_and_the_rest_is_counted(tmp_path, monkeypatch):

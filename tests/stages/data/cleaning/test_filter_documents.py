@@ -133,9 +133,9 @@ def test_no_more_than_the_tails_go_and_something_stays(ratios, low, high):
 def test_the_cut_into_shards_changes_nothing_and_bytes_repeat(tmp_path):
     documents = {**mixed_texts(15), **mixed_texts(9, "code", 5)}
     fields = {"drop_most_repetitive_fraction": 0.25, "max_bytes": 5000}
-    outs = {cut: run(tmp_path, documents, f"cut{cut}", cut, **fields) for cut in (1, 5, 100)}
-    assert texts(outs[1]) == texts(outs[5]) == texts(outs[100])
-    assert file_bytes(run(tmp_path, documents, "again", 5, **fields)) == file_bytes(outs[5])
+    outs = {cut: run(tmp_path, documents, f"cut{cut}", cut, **fields) for cut in (8, 11, 100)}
+    assert texts(outs[8]) == texts(outs[11]) == texts(outs[100])
+    assert file_bytes(run(tmp_path, documents, "again", 8, **fields)) == file_bytes(outs[8])
 
 
 def test_gigantic_and_empty_documents_are_measured(tmp_path):
