@@ -68,6 +68,7 @@ from ropewalk.stages.data.selection.language_model import (
     TextEncoder,
     load_model,
     observe_attention,
+    perplexity,
     token_losses,
     truncate,
 )
@@ -119,14 +120,6 @@ class GateauConfig(Record):
     """Tokens of a batch of segments; bounds memory, and the last digits of the scores depend on it."""
 
 
-def perplexity(losses: np.ndarray) -> float:
-    """exp of the mean loss. Raises ValueError where it is no finite number."""
-    mean = float(losses.mean())
-    if not mean < 700:
-        raise ValueError(f"a response has the mean loss {mean}: the model overflows; use a wider dtype")
-    return math.exp(mean)
-
-
 def cut_to_window(tokens: ExchangeTokens, prefix: list[int], max_tokens: int) -> tuple[ExchangeTokens, int]:
     """The exchange without what does not fit on the left of its context, and how many tokens that is.
 
@@ -158,7 +151,7 @@ def segment_perplexities(
     sequences = [[*prefix, *segment, *behind] for segment in segments_of(tokens.context, segment_tokens)]
     firsts = [len(sequence) - len(tokens.response) for sequence in sequences]
     losses = token_losses(loaded, sequences, batch_tokens=batch_tokens, first_targets=firsts)
-    return np.asarray([perplexity(found) for found in losses])
+    return np.asarray([perplexity(found, "a response") for found in losses])
 
 
 def segment_attention(
@@ -303,7 +296,7 @@ def whole_perplexity(loaded: LanguageModel, tokens: ExchangeTokens, prefix: list
     """The response's perplexity given the whole context and instruction."""
     ids = [*prefix, *tokens.context, *tokens.question, *tokens.response]
     first = len(ids) - len(tokens.response)
-    return perplexity(token_losses(loaded, [ids], batch_tokens=len(ids), first_targets=[first])[0])
+    return perplexity(token_losses(loaded, [ids], batch_tokens=len(ids), first_targets=[first])[0], "a response")
 
 
 def _passes(config: GateauConfig, inputs: Mapping[str, Path], context: Context) -> Iterator[tuple[list[pa.Table], Any]]:

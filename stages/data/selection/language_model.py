@@ -14,6 +14,7 @@ Legend: B sequences, L query tokens, S key tokens, H query heads, G key/value he
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16", "float16"]
 ATTENTION_NAME = "ropewalk_observed"
+_MAX_LOSS = 700.0  # exp of it is still a number.
 _BLOCK_ELEMENTS = 2**26
 """Attention weights, or logits in float32, that are held at once."""
 
@@ -211,6 +213,14 @@ def token_losses(
                 logits_LV = logits_BLV[row, first - 1 - begin : end - 1 - begin]
                 losses[number] = _cross_entropies(logits_LV, ids_BL[row, first:end])
     return losses
+
+
+def perplexity(losses: np.ndarray, what: str) -> float:
+    """exp of the mean loss. Raises ValueError, naming what was read, where it is no finite number."""
+    mean = float(losses.mean())
+    if not mean < _MAX_LOSS:
+        raise ValueError(f"{what} has the mean loss {mean}: the model overflows; use a wider dtype")
+    return math.exp(mean)
 
 
 def _batches(sequences: Sequence[Sequence[int]], wanted: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -28,7 +28,10 @@ def config_for(folder: Path, window: int | None, extension: Extension) -> tuple[
     if window is None or window <= own_window:
         return config, own_window
     if extension == "none":
-        raise ValueError(f"{folder} reads {own_window} tokens, but {window} are wanted: extend its positions")
+        raise ValueError(
+            f"{folder} reads {own_window} tokens, but {window} are wanted: lower max_tokens, take a model with "
+            "a longer window, or extend its positions where the stage can"
+        )
     if flat_rope_parameters(config) is None:
         raise ValueError(f"{folder} has no single rotary embedding that could be extended to {window} tokens")
     if extension == "ntk":

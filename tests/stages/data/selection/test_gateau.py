@@ -256,7 +256,7 @@ def test_bad_inputs_are_named(models, tmp_path):
     chats = write_chats(tmp_path / "chats", {"x/a": exchange("a", "go on", "yes")})
     with pytest.raises(ValueError, match=r"no chat of .* can be scored: .*num_dropped_one_segment': 1"):
         run_stage(gateau, CONFIG, {"chats": chats, **models}, tmp_path / "out1")
-    with pytest.raises(ValueError, match=r"long reads 256 tokens, but 1000 are wanted: extend"):
+    with pytest.raises(ValueError, match=r"long reads 256 tokens, but 1000 are wanted: lower max_tokens"):
         run_stage(gateau, CONFIG.model_copy(update={"max_tokens": 1000}), {"chats": chats, **models}, tmp_path / "out2")
     other = AutoTokenizer.from_pretrained(models["short_model"])
     other.add_tokens(["<|new|>"])

@@ -162,7 +162,7 @@ def test_what_a_model_cannot_read_is_named(judge, tmp_path):
         token_losses(model, [[1] * 257], batch_tokens=9)
     with pytest.raises(ValueError, match=r"embeddings for \d+ ids, a sample holds 9999"):
         token_losses(model, [[1, 9999]], batch_tokens=9)
-    with pytest.raises(ValueError, match="extend its positions"):
+    with pytest.raises(ValueError, match="256 tokens, but 512 are wanted"):
         load_model(judge, window=512)
     with pytest.raises(ValueError, match=r"layers 0 to 1, asked for were \[2\]"):
         observe_attention(model, [1, 2], print, layers=[2])
