@@ -9,11 +9,11 @@ tianyi-lab/Superfiltering:code_ifd/data_analysis.py). With a prompt x and its an
 An ifd of 1 or more says that the prompt does not help: the pair is taken for misaligned, and dropped. Below 1, the
 higher the better. One finite number that orders so:
 
-    score = ifd where ifd < 1, otherwise 1 - ifd                       (above 0, or 0 and below)
+    score = ifd where ifd < 1, otherwise -ifd                          (above 0, or -1 and below)
 
-so that a threshold of "above 0" drops exactly the misaligned, and "the top 10 %" is the published choice; it is a share
-of the samples that came in. The published code takes int(52002 * rate) whatever came in: Alpaca's size is a constant in
-it. `num_misaligned` counts them.
+so that `min_score` 0 drops exactly the misaligned, and the best tenth is the published choice wherever so many are
+aligned. The published code takes int(52002 * rate) samples whatever came in: Alpaca's size is a constant in it.
+`num_misaligned` counts the misaligned.
 
 x is every message before the last answer, each through `message_template`; y is that answer (the published data have
 one turn, and its instruction and input are joined as `message_template` joins two messages).
@@ -159,10 +159,10 @@ def perplexities(given_prompt: np.ndarray, alone: np.ndarray) -> dict[str, float
 
 
 def scores_of(ifd: np.ndarray) -> np.ndarray:
-    """Below 1 the ifd itself, otherwise 1 minus it: all that is misaligned is at 0 or below, the worst last."""
+    """Below 1 the ifd itself, otherwise minus it: all that is misaligned is below 0, the worst last."""
     import numpy as np
 
-    return np.where(ifd < 1, ifd, 1 - ifd)
+    return np.where(ifd < 1, ifd, -ifd)
 
 
 def run(config: IfdConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
@@ -171,5 +171,5 @@ def run(config: IfdConfig, inputs: Mapping[str, Path], output: Output, context: 
 
     scored = score_chats(context, inputs["chats"], partial(IfdScorer, config, inputs["model"]), PARTS, _TALLIES)
     scores = scores_of(np.concatenate([table.column("ifd").to_numpy() for table in scored.tables]))
-    counts = {**scored.counts, "num_misaligned": int((scores <= 0).sum())}
+    counts = {**scored.counts, "num_misaligned": int((scores < 0).sum())}
     write_scores(output, context, with_scores(scored.tables, scores), parts=PARTS, counts=counts)

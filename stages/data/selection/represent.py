@@ -9,7 +9,7 @@ takes them of 52,002 (Alpaca's size, written into the code) whatever the data ar
 A pool beyond `part_samples` is cut into equal parts drawn by id, because the similarities are a square; each part gives
 its share (largest remainder).
 
-Lost, and counted: samples without a score, with a score that is not above `above_score`, below the pool, with a zero
+Lost, and counted: samples without a score, with a score below `min_score`, below the pool, with a zero
 vector, and those that were not chosen. Memory: ids and scores of all samples; a worker holds one part's similarities,
 4 bytes times its square.
 """
@@ -46,8 +46,8 @@ class RepresentConfig(Record):
     """Share of all samples that is chosen from: those with the best scores."""
     fraction: float = Field(default=0.02, gt=0, le=1)
     """Share of all samples to keep, at least one; less where the pool is smaller."""
-    above_score: float | None = None
-    """Only samples with a greater score are in the pool; 0 leaves out an IFD of 1 and more. None: all are."""
+    min_score: float | None = Field(default=None, allow_inf_nan=False)
+    """The pool has samples with this score or a higher one; 0 leaves out an IFD of 1 and more. None: all."""
     similarity: Similarity = "euclidean"
     part_samples: int = Field(default=8_192, ge=1)
     """Samples whose similarities are held at once, by each worker; 8,192 take 256 MiB."""
@@ -60,15 +60,15 @@ class RepresentConfig(Record):
 
 
 def pool_of(config: RepresentConfig, ranked: RankedSamples, num_in: int) -> tuple[np.ndarray, int]:
-    """Entries of the ranking that are chosen from, best first; and how many of all are above `above_score`.
+    """Entries of the ranking that are chosen from, best first; and how many of all have `min_score`.
 
     Raises ValueError if there are none.
     """
     order = ranked.order
-    if config.above_score is not None:
-        order = order[ranked.scores[order] > config.above_score]
+    if config.min_score is not None:
+        order = order[ranked.scores[order] >= config.min_score]
     if not len(order):
-        raise ValueError(f"no score is above above_score {config.above_score}: lower it")
+        raise ValueError(f"no score reaches min_score {config.min_score}: lower it")
     return order[: max(1, int(num_in * config.pool_fraction))], len(order)
 
 
@@ -80,7 +80,7 @@ def run(config: RepresentConfig, inputs: Mapping[str, Path], output: Output, con
     samples = open_samples(inputs["samples"], "samples")
     ranked = ranked_samples(samples.ids, inputs["scores"])
     num_in = len(samples.ids)
-    pool, num_above = pool_of(config, ranked, num_in)
+    pool, num_good = pool_of(config, ranked, num_in)
     ids = ranked.ids.take(pa.array(pool))
     parts = split_parts(ids.to_pylist(), config.part_samples)
     vectors, zero = place_vectors(inputs["vectors"], ids, run_positions(parts, len(pool)), context.work)
@@ -100,8 +100,8 @@ def run(config: RepresentConfig, inputs: Mapping[str, Path], output: Output, con
     counts = {
         **samples.write(keep, output.data),
         "num_dropped_no_score": num_in - len(ranked.ids),
-        "num_dropped_low_score": len(ranked.ids) - num_above,
-        "num_dropped_below_pool": num_above - len(pool),
+        "num_dropped_low_score": len(ranked.ids) - num_good,
+        "num_dropped_below_pool": num_good - len(pool),
         "num_dropped_zero_vector": int(zero.sum()),
         "num_dropped_not_chosen": len(pool) - int(zero.sum()) - budget,
     }

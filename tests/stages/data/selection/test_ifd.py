@@ -60,17 +60,18 @@ def test_ifd_is_the_ratio_of_perplexities(tmp_path, judge):
         assert rows[name]["ppl"] == pytest.approx(alone, rel=1e-4)
         ratio = given / alone
         assert rows[name]["ifd"] == pytest.approx(ratio, rel=1e-4)
-        assert rows[name]["score"] == pytest.approx(ratio if ratio < 1 else 1 - ratio, rel=1e-3, abs=1e-4)
+        assert rows[name]["score"] == pytest.approx(ratio if ratio < 1 else -ratio, rel=1e-4)
         assert rows[name]["num_tokens"] == 1 + len(before) + len(answer)
     misaligned = sum(row["ifd"] >= 1 for row in rows.values())
     assert 0 < misaligned < len(rows), "both sides of 1 must occur"
-    assert counts["num_misaligned"] == misaligned == sum(row["score"] <= 0 for row in rows.values())
+    assert counts["num_misaligned"] == misaligned == sum(row["score"] < 0 for row in rows.values())
 
 
 def test_misaligned_samples_come_last_the_worst_at_the_end():
     values = np.array([0.2, 0.999, 1.0, 1.5, 7.0, 0.9])
     order = np.argsort(-scores_of(values))
     assert values[order].tolist() == [0.999, 0.9, 0.2, 1.0, 1.5, 7.0]
+    assert ((scores_of(values) >= 0) == (values < 1)).all()
     assert np.isfinite(scores_of(values)).all()
 
 

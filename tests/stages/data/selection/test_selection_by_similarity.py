@@ -107,9 +107,9 @@ def greedy_coverage(similar, budget):
 
 def test_represent_covers_the_top_of_the_ranking(tmp_path):
     vectors, scores = drawn(100)
-    config = RepresentConfig(pool_fraction=0.4, fraction=0.07, above_score=-0.5)
+    config = RepresentConfig(pool_fraction=0.4, fraction=0.07, min_score=-0.5)
     data = run_stage(represent, config, slots(tmp_path, vectors, scores), tmp_path / "run")
-    ranked = sorted((name for name in scores if scores[name] > -0.5), key=lambda name: (-scores[name], name))
+    ranked = sorted((name for name in scores if scores[name] >= -0.5), key=lambda name: (-scores[name], name))
     pool = ranked[:40]
     units = unit({name: vectors[name] for name in pool})
     similar = 1 - np.linalg.norm(units[:, None] - units[None], axis=2) / 2
@@ -130,8 +130,8 @@ def test_represent_splits_a_pool_into_parts_and_gives_each_its_share(tmp_path):
 
 def test_represent_refuses_a_floor_above_all_scores(tmp_path):
     vectors, scores = drawn(5)
-    with pytest.raises(ValueError, match="no score is above above_score 99"):
-        run_stage(represent, RepresentConfig(above_score=99), slots(tmp_path, vectors, scores), tmp_path / "run")
+    with pytest.raises(ValueError, match="no score reaches min_score 99"):
+        run_stage(represent, RepresentConfig(min_score=99), slots(tmp_path, vectors, scores), tmp_path / "run")
     with pytest.raises(ValueError, match=r"fraction 0\.5 is more than pool_fraction 0\.2"):
         RepresentConfig(fraction=0.5)
 
