@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ropewalk.stages.data.cleaning.evaluation_ngrams import Decoder, NgramIndex, shard_texts
 from ropewalk.stages.data.cleaning.shard_tables import read_shard
-from ropewalk.stages.data.cleaning.words import WordHashes, ngram_hashes, split_words, word_spans
+from ropewalk.stages.data.cleaning.words import WordHashes, ngram_hashes, word_spans
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ class HitFinder:
         shard = read_shard(path, ["doc_id", "input_ids" if self.decoder else "text"])
         words, hits, lengths = WordHashes(), [np.zeros((0, 3), np.int64)], []
         for row, text in enumerate(shard_texts(shard, self.decoder)):
-            units = words.of(split_words(text))
+            units = words.of(text)
             places, numbers = self._index.find(ngram_hashes(units, self.ngram_words))
             hits.append(np.stack([np.full(len(places), row), places, numbers], axis=1))
             lengths.append(len(units))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropewalk.stages.data.cleaning.shard_tables import list_values, read_shard
-from ropewalk.stages.data.cleaning.words import WordHashes, ngram_hashes, split_words
+from ropewalk.stages.data.cleaning.words import WordHashes, ngram_hashes
 from ropewalk.stages.data.vocabulary import load_tokenizer, tokenizer_digest
 from ropewalk.stages.schema import read_artifact, shard_paths
 
@@ -136,7 +136,7 @@ def write_index(
         found = {"num_samples": 0, "num_samples_too_short": 0, "num_ngrams": 0}
         words = WordHashes()
         for sample_id, text in read_samples(slots[slot], decoder):
-            mine = np.unique(ngram_hashes(words.of(split_words(text)), ngram))
+            mine = np.unique(ngram_hashes(words.of(text), ngram))
             found["num_samples"] += 1
             found["num_samples_too_short"] += not len(mine)
             found["num_ngrams"] += len(mine)

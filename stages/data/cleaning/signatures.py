@@ -27,7 +27,6 @@ from ropewalk.stages.data.cleaning.words import (
     character_hashes,
     fold,
     ngram_hashes,
-    split_words,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class Shingles:
 
     def units(self, text: str, words: WordHashes) -> np.ndarray:
         """Hashes of the units of a text, in order."""
-        return words.of(split_words(text)) if self.unit == "word" else character_hashes(text)
+        return words.of(text) if self.unit == "word" else character_hashes(text)
 
     def hashes(self, units: np.ndarray) -> np.ndarray:
         """Hashes of the n-grams, duplicates included."""
@@ -67,10 +66,10 @@ class Signer:
         """[num_permutations] uint32, from at least one uint64 hash."""
         import numpy as np
 
-        upper = (hashes >> np.uint64(32)).tolist()
         signature = self._empty.copy()
-        for begin in range(0, len(upper), _BATCH_NGRAMS):
-            signature.update_batch(upper[begin : begin + _BATCH_NGRAMS])
+        for begin in range(0, len(hashes), _BATCH_NGRAMS):
+            upper = hashes[begin : begin + _BATCH_NGRAMS] >> np.uint64(32)
+            signature.update_batch(upper.tolist())
         return signature.hashvalues
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Unit = Literal["word", "character"]
 
 _WORD = re.compile(r"[\w\u0300-\u036f]+")
+_NO_WORD = re.compile(r"[^\w\u0300-\u036f]")
 _SPACE = re.compile(r"\s+")
+_PIECE_CHARACTERS = 2**22
 _BASE = 0x9E3779B97F4A7C15  # Odd, so that no place of an n-gram loses bits.
 
 
@@ -49,11 +51,25 @@ class WordHashes(dict[str, int]):
         value = self[word] = int.from_bytes(digest, "little")
         return value
 
-    def of(self, words: Sequence[str]) -> np.ndarray:
-        """[len(words)] uint64."""
+    def of(self, text: str) -> np.ndarray:
+        """uint64 hashes of the words of a text, in order."""
         import numpy as np
 
-        return np.fromiter(map(self.__getitem__, words), np.uint64, len(words))
+        found = [np.zeros(0, np.uint64)]
+        for piece in _pieces(text):
+            words = split_words(piece)
+            found.append(np.fromiter(map(self.__getitem__, words), np.uint64, len(words)))
+        return np.concatenate(found)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text cut between words, so that its words need not all be in memory."""
+    begin = 0
+    while begin < len(text):
+        between = _NO_WORD.search(text, begin + _PIECE_CHARACTERS)
+        end = between.start() if between else len(text)
+        yield text[begin:end]
+        begin = end
 
 
 def character_hashes(text: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from row_invariants import run_stage
 
 from ropewalk.stages.data import encode, split
 from ropewalk.stages.data.cleaning import decontaminate
+from ropewalk.stages.data.cleaning import words as words_module
 from ropewalk.stages.data.cleaning.contamination import covered_spans, covered_words, remaining_pieces
 from ropewalk.stages.data.cleaning.decontaminate import DecontaminateConfig
 from ropewalk.stages.data.cleaning.words import WordHashes, ngram_hashes, normal_form, split_words
@@ -154,7 +155,7 @@ def test_spelling_does_not_hide_a_copy():
     one, other = "Café, déjà-VU ﬁne", "cafe\u0301 DE\u0301JA\u0300 vu\tfine"
     assert [normal_form(word) for word in split_words(one)] == ["café", "déjà", "vu", "fine"]
     words = WordHashes()
-    assert ngram_hashes(words.of(split_words(one)), 4) == ngram_hashes(words.of(split_words(other)), 4)
+    assert ngram_hashes(words.of(one), 4) == ngram_hashes(words.of(other), 4)
 
 
 @settings(deadline=None, max_examples=60)
@@ -162,9 +163,19 @@ def test_spelling_does_not_hide_a_copy():
 def test_hashes_agree_exactly_where_ngrams_do(left, right):
     words = WordHashes()
     for n in (1, 2, 3):
-        hashes = [ngram_hashes(words.of(each), n).tolist() for each in (left, right)]
+        hashes = [ngram_hashes(words.of(" ".join(each)), n).tolist() for each in (left, right)]
         grams = [[tuple(each[i : i + n]) for i in range(len(each) - n + 1)] for each in (left, right)]
         assert [[a == b for b in hashes[1]] for a in hashes[0]] == [[a == b for b in grams[1]] for a in grams[0]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text("ab é\u0301,", max_size=60), piece=st.integers(1, 20))
+def test_a_gigantic_text_has_the_words_of_its_pieces(text, piece):
+    with pytest.MonkeyPatch.context() as patch:
+        whole = WordHashes().of(text).tolist()
+        patch.setattr(words_module, "_PIECE_CHARACTERS", piece)
+        assert WordHashes().of(text).tolist() == whole
+    assert len(whole) == len(split_words(text))
 
 
 def test_predictions_of_evaluate_are_an_evaluation_set(tmp_path):
