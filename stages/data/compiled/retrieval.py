@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+_CHUNK = 256
+
 
 @njit(cache=True)
 def unit_rows(vectors: np.ndarray) -> None:
@@ -78,30 +80,51 @@ def nearest_of_products(
         found: int32 `[Q, k]`, filled with -1; the result.
         scores: float32 `[Q, k]`; the result.
     """
-    k = found.shape[1]
-    best = np.empty(k, dtype=np.float32)
+    best = np.empty(found.shape[1], dtype=np.float32)
     for row in range(products.shape[0]):
-        query = first + row
+        query, count = first + row, 0
         if is_zero[query]:
             continue
-        count = 0
-        for document in range(products.shape[1]):
-            product = products[row, document]
-            if (count == k and product <= best[k - 1]) or document == query or is_zero[document]:
+        least = _kth_best(products[row], query, is_zero, best) - margin
+        for begin in range(0, products.shape[1], _CHUNK):
+            chunk = products[row, begin : begin + _CHUNK]
+            if not _any_from(chunk, least):
                 continue
-            place = min(count, k - 1)
+            for place in range(len(chunk)):
+                document = begin + place
+                if chunk[place] >= least and document != query and not is_zero[document]:
+                    score = dot(vectors[query], vectors[document])
+                    count = keep_best(found[row], scores[row], count, document, score, tie_order)
+
+
+@njit(cache=True)
+def _any_from(values: np.ndarray, least: float) -> bool:
+    """Is any value `least` or more? A sum of comparisons, which vectorises where a branch does not."""
+    count = 0
+    for place in range(len(values)):
+        count += values[place] >= least
+    return count > 0
+
+
+@njit(cache=True)
+def _kth_best(products: np.ndarray, query: int, is_zero: np.ndarray, best: np.ndarray) -> np.float32:
+    """The k-th highest product with another document, k the length of `best`, or minus infinity."""
+    best[:] = -np.inf
+    last = len(best) - 1
+    for begin in range(0, len(products), _CHUNK):
+        chunk = products[begin : begin + _CHUNK]
+        if not _any_from(chunk, best[last]):
+            continue
+        for offset in range(len(chunk)):
+            product, document = chunk[offset], begin + offset
+            if product <= best[last] or document == query or is_zero[document]:
+                continue
+            place = last
             while place > 0 and product > best[place - 1]:
                 best[place] = best[place - 1]
                 place -= 1
             best[place] = product
-            count = min(count + 1, k)
-        least = best[count - 1] - margin if count else np.float32(0)
-        count = 0
-        for document in range(products.shape[1]):
-            if products[row, document] < least or document == query or is_zero[document]:
-                continue
-            score = dot(vectors[query], vectors[document])
-            count = keep_best(found[row], scores[row], count, document, score, tie_order)
+    return best[last]
 
 
 @njit(cache=True)
@@ -131,9 +154,10 @@ def _products_by_column(query: np.ndarray, columns: np.ndarray, stride: int, num
     for place in range(num):
         products[place] = 0
     for dimension in range(len(query)):
-        factor, start = query[dimension], dimension * stride
+        factor = query[dimension]
+        column = columns[dimension * stride : dimension * stride + num]
         for place in range(num):
-            products[place] += factor * columns[start + place]
+            products[place] += factor * column[place]
 
 
 @njit(cache=True)
@@ -192,6 +216,7 @@ def nearest_unused(
     document: int,
     unused: np.ndarray,
     num_probes: int,
+    num_scored: int,
     centroids: np.ndarray,
     offsets: np.ndarray,
     live: np.ndarray,
@@ -201,13 +226,14 @@ def nearest_unused(
     found: np.ndarray,
     scores: np.ndarray,
 ) -> int:
-    """The nearest documents of which `unused` is true, from the `num_probes` nearest lists, or more if these run dry.
+    """The nearest documents of which `unused` is true, from the nearest lists.
 
     Args:
         query: float32 `[D]`.
         document: The query's number, never found.
         unused: bool `[N]`.
-        num_probes: Lists to search.
+        num_probes: Fewest lists to search.
+        num_scored: Fewest documents to score. More lists are searched until there were so many, and k were found.
         centroids: float32, the L centroids dimension by dimension.
         offsets: int64 `[L + 1]`: where each list begins in `members`.
         live: int64 `[L]`: how many of each list are scored; those behind them are used. Updated.
@@ -223,9 +249,9 @@ def nearest_unused(
     _products_by_column(query, centroids, num_lists, num_lists, nearness)
     probed = np.zeros(num_lists, dtype=np.bool_)
     products = np.empty(np.max(live) if num_lists else 0, dtype=np.float32)
-    count = 0
+    count, scored = 0, 0
     for probe in range(num_lists):
-        if probe >= num_probes and count == len(found):
+        if probe >= num_probes and scored >= num_scored and count == len(found):
             break
         nearest = -1
         for number in range(num_lists):
@@ -238,6 +264,7 @@ def nearest_unused(
             products = np.empty(live[nearest], dtype=np.float32)
         block = columns[begin * num_dimensions : (begin + stride) * num_dimensions]
         _products_by_column(query, block, stride, live[nearest], products)
+        scored += live[nearest]
         for place in range(live[nearest]):
             other = members[begin + place]
             score = np.float32(products[place])
