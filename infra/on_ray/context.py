@@ -11,7 +11,7 @@ from typing import Any
 
 from ropewalk.infra.on_ray.bus import Channel, Message, put_on
 from ropewalk.infra.on_ray.errors import died
-from ropewalk.infra.on_ray.map import OrderedMap
+from ropewalk.infra.on_ray.map import OrderedMap, built
 from ropewalk.infra.on_ray.resources import in_words, ray_needs, require_room
 from ropewalk.infra.on_ray.shipping import Shipped, remote
 from ropewalk.infra.step import Resources, UserError
@@ -50,8 +50,16 @@ class RayContext:
         No more than twice as many items as the cluster has workers for are ahead of the result that is asked for: a
         slow reader slows the workers, and memory stays bounded. Raises what the function raised, WorkerDiedError if a
         worker died, and CancelledError once the run is cancelled.
+
+        A single item is worked on here if a worker would need what this process has: it would take seconds to start,
+        and this process would wait for it.
         """
         wanted: Resources = resources or self._task.worker_resources
+        waiting = iter(items)
+        first = list(itertools.islice(waiting, 2))
+        if len(first) < 2 and wanted == self._task.resources:
+            return map(built(function), first) if first else iter(())
+        items = itertools.chain(first, waiting)
         require_room(f"step {self._task.step}", wanted, 1, self._wait_seconds, self.cancelled)
         shipped = Shipped.pack(self._task.import_paths, function)
         return OrderedMap(shipped, wanted, self._report, self.cancelled).results(items)

@@ -130,6 +130,13 @@ def _value(reference: Any) -> Any:
         raise died(error, "a worker of map") from error
 
 
+def built(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, or the one instance of a class that a worker builds."""
+    # Like `is_class` of the stages' context, which the engine may not import.
+    is_class = isinstance(function.func if isinstance(function, partial) else function, type)
+    return function() if is_class else function
+
+
 class _Worker:
     """Applies one function to one item after another, or the one instance of a class that it builds."""
 
@@ -138,9 +145,7 @@ class _Worker:
         import ray
 
         (function,) = shipped.unpack()
-        # Like `is_class` of the stages' context, which the engine may not import.
-        is_class = isinstance(function.func if isinstance(function, partial) else function, type)
-        self._call = function() if is_class else function
+        self._call = built(function)
         return ray.get_runtime_context().get_node_id()
 
     def call(self, item: Any) -> Any:
