@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ropewalk.stages.data.quotas import largest_remainder
+from ropewalk.stages.data.selection.scores import source_codes
 from ropewalk.stages.schema import iterate_table
 
 if TYPE_CHECKING:
@@ -21,14 +22,27 @@ TableKind = Literal["documents", "tokens", "chats"]
 class Candidates:
     """The samples of a table, in its order. Arrays are [n]."""
 
-    ids: np.ndarray
-    """Texts."""
+    id_ranks: np.ndarray
+    """The place of each id among all, in ascending order."""
+    names: Sequence[str]
+    """Of the sources."""
     sources: np.ndarray
-    """Texts."""
+    """Which of the names each sample has."""
     scores: np.ndarray
     """NaN for samples without one."""
     sizes: np.ndarray
     """What each takes of the room there is."""
+
+    @classmethod
+    def of(cls, ids: pa.ChunkedArray, sources: pa.ChunkedArray, scores: np.ndarray, sizes: np.ndarray) -> Candidates:
+        """The samples of a table with distinct ids."""
+        import numpy as np
+        import pyarrow.compute
+
+        pc: Any = pyarrow.compute
+        ranks = np.empty(len(ids), dtype=np.int64)
+        ranks[pc.sort_indices(ids).to_numpy()] = np.arange(len(ids))
+        return cls(ranks, *source_codes(sources), scores, sizes)
 
     @property
     def scored(self) -> np.ndarray:
@@ -42,8 +56,7 @@ class Candidates:
         import numpy as np
 
         numbers = np.flatnonzero(among & self.scored)
-        by_id = numbers[np.argsort(self.ids[numbers], kind="stable")]
-        return by_id[np.argsort(-self.scores[by_id], kind="stable")]
+        return numbers[np.lexsort((self.id_ranks[numbers], -self.scores[numbers]))]
 
 
 def choose(
@@ -60,9 +73,11 @@ def choose(
     """
     import numpy as np
 
-    keep = np.zeros(len(candidates.ids), dtype=bool)
-    labels = candidates.sources if by_source else np.full(len(keep), "", dtype=object)
-    ranked = {str(name): candidates.ranked(labels == name) for name in sorted(set(labels))}
+    keep = np.zeros(len(candidates.scores), dtype=bool)
+    if by_source:
+        ranked = {name: candidates.ranked(candidates.sources == code) for code, name in enumerate(candidates.names)}
+    else:
+        ranked = {"": candidates.ranked(~keep)}
     available = {name: int(candidates.sizes[numbers].sum()) for name, numbers in ranked.items()}
     rooms = available if wanted is None or not any(available.values()) else largest_remainder(available, wanted)
     for name, numbers in ranked.items():

@@ -6,7 +6,8 @@ parts alone, and puts `score` beside them afterwards (`with_scores`).
 
 A part called `num_tokens` is taken for the length of the sample: it is drawn against the score.
 
-Memory: a row a sample (id, source, score and length; some 200 bytes), for the test that ids are unique and the plots.
+Memory: a row a sample (id, source, score and length, in Arrow's layout; some 60 bytes) for the test that ids are unique
+and the plots.
 """
 
 from __future__ import annotations
@@ -100,10 +101,11 @@ def write_scores(
         table = table.select(["sample_id", "source", "score", *parts]).cast(scores_schema(parts))
         rows.add(table)
         write_shard(output.data, "scores", number, table)
-    found = {**counts, "num_scored": len(rows.ids)}
+    found = {**counts, "num_scored": rows.num_rows}
     _check_sum(found)
-    if not rows.ids:
+    if not rows.num_rows:
         raise ValueError(f"no sample could be scored: {found}")
+    _check_unique(rows.column("sample_id"), "the samples: deduplicate them first")
     statistics = rows.statistics()
     write_artifact(
         output.data,
@@ -111,7 +113,7 @@ def write_scores(
             kind="scores", tokenizer=tokenizer, counts=found, details={**(details or {}), "statistics": statistics}
         ),
     )
-    draw_scores(output.observed, rows.sources, rows.array("score"), rows.array("lengths"))
+    draw_scores(output.observed, rows.column("source"), rows.column("score").to_numpy(), rows.lengths)
     context.log({**found, "score_mean": statistics["all"]["mean"]})
     return found
 
@@ -120,7 +122,7 @@ def read_scores(folder: Path) -> pa.Table:
     """All rows of a Scores artifact. Raises ValueError if it is none, or an id occurs twice."""
     read_artifact(folder, "scores")
     table = read_table(folder, "scores")
-    _check_unique(table.column("sample_id").to_pylist(), folder)
+    _check_unique(table.column("sample_id"), f"the scores of {folder}")
     return table
 
 
@@ -136,33 +138,32 @@ def check_scores(config: Any, output: Path) -> None:
         if not found.equals(expected) or (names is not None and found.names != names):
             raise ValueError(f"{path}: columns {found.names} are not sample_id, source, score and its parts")
         names = found.names
-    ids: list[str] = []
     for batch in iterate_table(output, "scores"):
-        ids += batch.column("sample_id").to_pylist()
         _check_finite(batch, output)
-    _check_unique(ids, output)
-    if not ids or artifact.counts.get("num_scored") != len(ids):
+    ids = read_table(output, "scores", ["sample_id"]).column("sample_id")
+    _check_unique(ids, f"the scores of {output}")
+    if not len(ids) or artifact.counts.get("num_scored") != len(ids):
         raise ValueError(
             f"{output / 'artifact.json'}: counts.num_scored is {artifact.counts.get('num_scored')}, but there are "
             f"{len(ids)} scores"
         )
 
 
-def draw_scores(folder: Path, sources: Sequence[str], scores: np.ndarray, lengths: np.ndarray | None = None) -> None:
+def draw_scores(folder: Path, sources: pa.ChunkedArray, scores: np.ndarray, lengths: np.ndarray | None = None) -> None:
     """`scores.png`, a histogram by source; and, where lengths are known, `scores_by_length.png`."""
     import numpy as np
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    labels, index = common_sources(sources)
+    groups = common_sources(*source_codes(sources))
     edges = np.histogram_bin_edges(scores, bins=40)
-    groups = [scores[index == number] for number in range(len(labels))]
-    axes.hist(groups, bins=edges.tolist(), stacked=True, label=labels)
+    labels = [name for name, _ in groups]
+    axes.hist([scores[among] for _, among in groups], bins=edges.tolist(), stacked=True, label=labels)
     axes.set(xlabel="score", ylabel="samples")
     axes.legend(fontsize="small")
     figure.savefig(folder / "scores.png")
-    if lengths is None or not len(lengths):
+    if lengths is None:
         return
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
@@ -176,35 +177,36 @@ class _Rows:
     """What is kept in memory of all rows."""
 
     def __init__(self) -> None:
-        self.ids: set[str] = set()
-        self.sources: list[str] = []
-        self._columns: dict[str, list[np.ndarray]] = {"score": [], "lengths": []}
+        self._tables: list[pa.Table] = []
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return sum(table.num_rows for table in self._tables)
 
     def add(self, table: pa.Table) -> None:
-        """Keep a table. Raises ValueError for an id that was there before, or a number that is not finite."""
-        for name in table.column("sample_id").to_pylist():
-            if name in self.ids:
-                raise ValueError(f"sample_id {name!r} occurs twice among the samples: deduplicate them first")
-            self.ids.add(name)
+        """Keep a table. Raises ValueError for a number that is not finite."""
         for batch in table.to_batches():
             _check_finite(batch, None)
-        self.sources += table.column("source").to_pylist()
-        self._columns["score"].append(table.column("score").to_numpy())
-        if LENGTH_PART in table.schema.names:
-            self._columns["lengths"].append(table.column(LENGTH_PART).to_numpy())
+        lengths = [LENGTH_PART] if LENGTH_PART in table.schema.names else []
+        self._tables.append(table.select(["sample_id", "source", "score", *lengths]))
 
-    def array(self, name: str) -> np.ndarray:
-        """A column of all rows; empty where the rows do not have it."""
-        import numpy as np
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of all rows."""
+        import pyarrow as pa
 
-        return np.concatenate([np.zeros(0), *self._columns[name]])
+        return pa.concat_tables(self._tables).column(name)
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """Of all rows; None where they do not have them."""
+        return self.column(LENGTH_PART).to_numpy() if LENGTH_PART in self._tables[0].schema.names else None
 
     def statistics(self) -> dict[str, Any]:
         """Quantiles, mean and number of scores, of all and by source."""
-        import numpy as np
-
-        scores, sources = self.array("score"), np.asarray(self.sources, dtype=object)
-        by_source = {name: _describe(scores[sources == name]) for name in sorted(set(self.sources))}
+        scores = self.column("score").to_numpy()
+        names, codes = source_codes(self.column("source"))
+        by_source = {name: _describe(scores[codes == code]) for code, name in enumerate(names)}
         return {"all": _describe(scores), "sources": by_source}
 
 
@@ -219,18 +221,27 @@ def _describe(scores: np.ndarray) -> dict[str, Any]:
     }
 
 
-def common_sources(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The sources that a plot names, most frequent first, and the place of each sample's among them."""
-    from collections import Counter
+def source_codes(sources: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
+    """The names of the sources, sorted, and which of them each sample has."""
+    import numpy as np
+    import pyarrow.compute
 
+    pc: Any = pyarrow.compute
+    names = sorted(pc.unique(sources).to_pylist())
+    codes = pc.index_in(sources, value_set=pyarrow.array(names, pyarrow.string()))
+    return names, codes.to_numpy().astype(np.int32)
+
+
+def common_sources(names: Sequence[str], codes: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """The sources that a plot can name, the largest first, and the samples of each; the last may be all others."""
     import numpy as np
 
-    frequent = sorted(Counter(sources).items(), key=lambda item: (-item[1], item[0]))
-    labels = [name for name, _ in frequent[:_MAX_SOURCES]]
-    if len(frequent) > _MAX_SOURCES:
-        labels[-1] = _REST
-    places = {name: number for number, name in enumerate(labels)}
-    return labels, np.asarray([places.get(name, len(labels) - 1) for name in sources])
+    sizes = np.bincount(codes, minlength=len(names))
+    order = sorted(range(len(names)), key=lambda code: (-sizes[code], names[code]))
+    if len(order) <= _MAX_SOURCES:
+        return [(names[code], codes == code) for code in order]
+    named, others = order[: _MAX_SOURCES - 1], order[_MAX_SOURCES - 1 :]
+    return [*((names[code], codes == code) for code in named), (_REST, np.isin(codes, others))]
 
 
 def _check_finite(batch: pa.RecordBatch, folder: Path | None) -> None:
@@ -248,14 +259,15 @@ def _check_finite(batch: pa.RecordBatch, folder: Path | None) -> None:
             )
 
 
-def _check_unique(ids: Sequence[str], folder: Path) -> None:
-    if len(set(ids)) == len(ids):
+def _check_unique(ids: pa.ChunkedArray, where: str) -> None:
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute
+    if pc.count_distinct(ids).as_py() == len(ids):
         return
-    seen: set[str] = set()
-    for name in ids:
-        if name in seen:
-            raise ValueError(f"{folder}: sample_id {name!r} occurs twice in the scores")
-        seen.add(name)
+    counted: Any = ids.value_counts()
+    twice = counted.filter(pc.greater(counted.field("counts"), 1))[0].as_py()["values"]
+    raise ValueError(f"sample_id {twice!r} occurs twice among {where}")
 
 
 def _check_sum(counts: Mapping[str, int]) -> None:

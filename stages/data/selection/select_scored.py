@@ -13,7 +13,8 @@ the sources by the largest remainder, in proportion to what they have: sources w
 The scores must be those of the table: an id that the table lacks is an error, and so are ids without a score, unless
 they are as many as the scoring step counted as dropped. Lost: samples that were not scored, and those below.
 
-Memory: id, source, score and size of every sample (about 100 bytes each), and one shard a worker.
+Memory: ids and sources of table and scores in Arrow's layout, a hash table of the ids and four numbers a sample, some
+200 bytes in all; and one shard a worker.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def read_candidates(config: SelectConfig, kind: TableKind, folder: Path, scores_
     scores = read_scores(scores_folder)
     check_same_samples(ids, scores.column("sample_id"), read_artifact(scores_folder).counts, scores_folder)
     sizes = measure(config, kind, folder, scores, ids)
-    return Candidates(ids.to_numpy(), table.column("source").to_numpy(), match_scores(ids, scores, "score"), sizes)
+    return Candidates.of(ids, table.column("source"), match_scores(ids, scores, "score"), sizes)
 
 
 def filter_shard(kind: TableKind, work: tuple[int, Path, np.ndarray], folder: Path) -> dict[str, int]:
@@ -200,7 +201,7 @@ def describe(config: SelectConfig, candidates: Candidates, keep: np.ndarray) -> 
         lowest = {"lowest_kept_score": float(kept.min())} if len(kept) else {}
         return {"num_in": int(among.sum()), "num_kept": len(kept), **lowest}
 
-    sources = {str(name): of(candidates.sources == name) for name in np.unique(candidates.sources)}
+    sources = {name: of(candidates.sources == code) for code, name in enumerate(candidates.names)}
     rule = config.model_dump(exclude_none=True)
     return {"rule": rule, "all": of(np.ones(len(keep), dtype=bool)), "sources": sources}
 
@@ -211,7 +212,7 @@ def _thresholds(config: SelectConfig, candidates: Candidates, found: Mapping[str
         return {"": config.min_score}
     if not config.enable_source_quotas:
         return {"": found["all"]["lowest_kept_score"]}
-    names, _ = common_sources(candidates.sources.tolist())
+    names = [name for name, _ in common_sources(candidates.names, candidates.sources)]
     lows = {name: found["sources"].get(name, {}).get("lowest_kept_score") for name in names}
     return {name: low for name, low in lows.items() if low is not None}
 

@@ -80,7 +80,7 @@ def test_the_check_finds_what_is_not_as_the_artifact_says(tmp_path):
         check_scores(None, output.data)
     write_artifact(output.data, artifact)
     (output.data / "scores-00002.parquet").write_bytes((output.data / "scores-00000.parquet").read_bytes())
-    with pytest.raises(ValueError, match="'a' occurs twice"):
+    with pytest.raises(ValueError, match="'a' occurs twice among the scores of"):
         check_scores(None, output.data)
     (output.data / "artifact.json").write_text(json.dumps({"kind": "rows"}))
     with pytest.raises(ValueError, match="holds rows, not scores"):

@@ -1,6 +1,7 @@
 from fractions import Fraction
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -190,10 +191,16 @@ samples = st.lists(
 @given(samples, st.integers(0, 60), st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_a_choice_has_one_threshold_a_source_and_does_not_exceed_its_room(rows, wanted, by_source):
-    ids = np.asarray([f"{number * 7 % 31:02d}" for number in range(len(rows))], dtype=object)
-    sources = np.asarray([row[0] for row in rows], dtype=object)
+    ids = np.asarray([f"{number * 7 % 31:02d}" for number in range(len(rows))])
+    sources = np.asarray([row[0] for row in rows])
     scores = np.asarray([np.nan if row[1] is None else row[1] for row in rows])
-    candidates = Candidates(ids, sources, scores, np.asarray([row[2] for row in rows]))
+    sizes = np.asarray([row[2] for row in rows])
+
+    def in_order(order):
+        texts = (pa.chunked_array([pa.array(values[order].tolist())]) for values in (ids, sources))
+        return Candidates.of(*texts, scores[order], sizes[order])
+
+    candidates = in_order(np.arange(len(rows)))
     total = int(candidates.sizes[candidates.scored].sum())
     keep = choose(candidates, min(wanted, total), by_source=by_source)
     assert not keep[~candidates.scored].any() and candidates.sizes[keep].sum() <= wanted
@@ -207,8 +214,7 @@ def test_a_choice_has_one_threshold_a_source_and_does_not_exceed_its_room(rows, 
             room = Fraction(min(wanted, total)) * int(candidates.sizes[among].sum()) / total
             assert candidates.sizes[among & keep].sum() < room + 1
     order = np.random.default_rng(0).permutation(len(rows))
-    shuffled = Candidates(ids[order], sources[order], scores[order], candidates.sizes[order])
-    assert (choose(shuffled, min(wanted, total), by_source=by_source) == keep[order]).all()
+    assert (choose(in_order(order), min(wanted, total), by_source=by_source) == keep[order]).all()
 
 
 def test_a_fraction_is_taken_as_it_is_written():
