@@ -38,14 +38,13 @@ from ropewalk.stages.data.selection.chat_scoring import SideTable, score_chats
 from ropewalk.stages.data.selection.language_model import LayerAttention, Precision, load_model, observe_attention
 from ropewalk.stages.data.selection.scores import check_scores, write_scores
 from ropewalk.stages.data.selection.turn_tokens import TemplateRefusedError, TurnEncoder, TurnTokens
-from ropewalk.stages.schema import Record
+from ropewalk.stages.schema import Record, iterate_table, read_artifact, shard_paths
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 NAME = "context_dependency"
 VERSION = 1
-check = check_scores
 
 PARTS = ("dependency_max", "num_answers", "num_tokens")
 _TALLIES = (
@@ -168,6 +167,19 @@ class DependencyScorer:
             self._loaded, ids, lambda seen: found.update(dependencies(seen, answers, user)), layers=[self._layer]
         )
         return found
+
+
+def check(config: Any, output: Path) -> None:
+    """The scores, and that every answer that was scored is in `turns`. Raises ValueError naming file and field."""
+    import pyarrow.parquet as pq
+
+    check_scores(config, output)
+    for path in shard_paths(output, "turns"):
+        if not (found := pq.read_schema(path)).equals(turns_schema()):
+            raise ValueError(f"{path}: its columns are {found.names}, or of other types, not those of turns")
+    num_answers = sum(batch.num_rows for batch in iterate_table(output, "turns"))
+    if (counted := read_artifact(output, "scores").counts["num_answers"]) != num_answers:
+        raise ValueError(f"{output / 'artifact.json'}: counts.num_answers is {counted}, but there are {num_answers}")
 
 
 def run(config: ContextDependencyConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:

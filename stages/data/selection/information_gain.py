@@ -21,15 +21,16 @@ contexts have unequal gains); windows and pairs are drawn by id, not by global r
 share, not the first 512. A learner that has learnt nothing still scores: look at `heldout_correlation`.
 
 Lost, and counted: candidates shorter than a window. Cost: `num_oracle` times one step and one pass over the objective.
-Memory of a worker: five times the model (weights twice, gradients, two moments); of the driver: ids of all candidates.
+Memory of a worker: five times the model (weights twice, gradients, two moments); of the driver: a row a candidate.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,17 +42,15 @@ from ropewalk.stages.data.selection.gain_windows import Windows, objective_windo
 from ropewalk.stages.data.selection.language_model import LanguageModel, load_model, token_losses
 from ropewalk.stages.data.selection.scales import fractional_ranks
 from ropewalk.stages.data.selection.scores import check_scores, scores_table, write_scores
-from ropewalk.stages.schema import Record, read_table, shard_paths, write_shard
+from ropewalk.stages.schema import Record, iterate_table, read_artifact, read_table, shard_paths, write_shard
 from ropewalk.stages.shards import map_shards
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
     import torch
 
 NAME = "information_gain"
 VERSION = 1
-check = check_scores
 
 PARTS = ("num_tokens",)
 _CHUNK_PAIRS = 64
@@ -134,24 +133,32 @@ class GainOracle:
         optimizer.zero_grad()
 
 
-def measured_candidates(config: InformationGainConfig, tables: Sequence[pa.Table]) -> tuple[list[str], list[list[int]]]:
+def measured_candidates(config: InformationGainConfig, folders: Sequence[Path]) -> tuple[list[str], list[list[int]]]:
     """Ids and windows of the candidates to measure: those whose hashes are smallest, in that order.
 
-    Raises ValueError if there are fewer than 4.
+    `folders` hold the windows. Raises ValueError if there are fewer than 4.
     """
-    ids = [sample for table in tables for sample in table.column("sample_id").to_pylist()]
-    if len(ids) < 4:
+
+    def ids() -> Iterator[str]:
+        for folder in folders:
+            for batch in iterate_table(folder, "windows", ["sample_id"]):
+                yield from batch.column(0).to_pylist()
+
+    drawn = heapq.nsmallest(
+        config.num_oracle, ids(), key=lambda name: hashlib.sha256(f"{config.seed}\x1f{name}".encode()).digest()
+    )
+    wanted = dict.fromkeys(drawn)
+    if len(wanted) < 4:
         raise ValueError(
-            f"slot candidates has {len(ids)} documents of context_tokens {config.context_tokens} tokens: gains are "
+            f"slot candidates has {len(wanted)} documents of context_tokens {config.context_tokens} tokens: gains are "
             "learnt from at least 4"
         )
-    drawn = sorted(ids, key=lambda name: hashlib.sha256(f"{config.seed}\x1f{name}".encode()).digest())
-    wanted = dict.fromkeys(drawn[: config.num_oracle])
     found: dict[str, list[int]] = {}
-    for table in tables:
-        for row in table.select(["sample_id", "window"]).to_pylist():
-            if row["sample_id"] in wanted:
-                found[row["sample_id"]] = row["window"]
+    for folder in folders:
+        for batch in iterate_table(folder, "windows", ["sample_id", "window"]):
+            for number, name in enumerate(batch.column("sample_id").to_pylist()):
+                if name in wanted:
+                    found[name] = batch.column("window")[number].as_py()
     return list(wanted), [found[name] for name in wanted]
 
 
@@ -237,11 +244,19 @@ class WindowScorer:
         table = pq.read_table(path)
         windows: Any = table.column("window").combine_chunks()
         flat = np.array(windows.flatten().to_numpy(), dtype=np.int64)
-        ids = torch.from_numpy(flat.reshape(table.num_rows, -1) if table.num_rows else flat.reshape(0, 1))
+        ids = torch.from_numpy(flat.reshape(table.num_rows, -1)) if table.num_rows else torch.zeros(0, 1).long()
         columns = {"score": self._learner.predict(ids).numpy(), "num_tokens": table.column("num_tokens").to_numpy()}
         names, sources = (table.column(name).to_pylist() for name in ("sample_id", "source"))
         write_shard(folder, "parts", 0, scores_table(names, sources, columns))
         return {"num_scored": table.num_rows}
+
+
+def check(config: Any, output: Path) -> None:
+    """The scores, and that every measured gain is there. Raises ValueError naming file and field."""
+    check_scores(config, output)
+    num_measured = sum(batch.num_rows for batch in iterate_table(output, "oracle"))
+    if (found := read_artifact(output, "scores").counts["num_measured"]) != num_measured:
+        raise ValueError(f"{output / 'artifact.json'}: counts.num_measured is {found}, but there are {num_measured}")
 
 
 def _write_oracle(folder: Path, names: Sequence[str], gains: np.ndarray) -> None:
@@ -258,7 +273,7 @@ def run(config: InformationGainConfig, inputs: Mapping[str, Path], output: Outpu
     windowing = Windows(config.context_tokens, config.seed)
     objective = objective_windows(windowing, inputs["objective"], model, config.num_objective)
     shards = read_windows(windowing, inputs["candidates"], model, context)
-    names, windows = measured_candidates(config, [read_table(shard.folder, "windows") for shard in shards.values()])
+    names, windows = measured_candidates(config, [shard.folder for shard in shards.values()])
     gains = measure(config, windows, objective, model, context)
     _write_oracle(output.data, names, gains)
     standardised = (gains - gains.mean()) / gains.std()

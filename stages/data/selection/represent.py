@@ -17,6 +17,7 @@ vector, and those that were not chosen. Memory: ids and scores of all samples; a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -69,7 +70,13 @@ def pool_of(config: RepresentConfig, ranked: RankedSamples, num_in: int) -> tupl
         order = order[ranked.scores[order] >= config.min_score]
     if not len(order):
         raise ValueError(f"no score reaches min_score {config.min_score}: lower it")
-    return order[: max(1, int(num_in * config.pool_fraction))], len(order)
+    return order[: share_of(config.pool_fraction, num_in)], len(order)
+
+
+def share_of(fraction: float, total: int) -> int:
+    """A share of samples, rounded down, at least one."""
+    # Through the decimal spelling: 0.29 of 100 is 29, although the nearest double is a little less.
+    return max(1, int(Fraction(repr(fraction)) * total))
 
 
 def run(config: RepresentConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
@@ -85,7 +92,7 @@ def run(config: RepresentConfig, inputs: Mapping[str, Path], output: Output, con
     parts = split_parts(ids.to_pylist(), config.part_samples)
     vectors, zero = place_vectors(inputs["vectors"], ids, run_positions(parts, len(pool)), context.work)
     available = {f"{number:06d}": int((~zero[part]).sum()) for number, part in enumerate(parts)}
-    budget = min(max(1, int(num_in * config.fraction)), sum(available.values()))
+    budget = min(share_of(config.fraction, num_in), sum(available.values()))
     if not budget:
         raise ValueError("slot vectors holds zero vectors alone: embed the samples with an encoder that knows them")
     quotas = largest_remainder(available, budget)

@@ -104,6 +104,10 @@ def test_chats_without_a_scored_answer_are_counted(tmp_path, probe):
     assert set(found) == {"good"}
     counts = read_artifact(data).counts
     assert counts["num_dropped_no_answer"] == 3 and counts["num_dropped_template_refused"] == 1
+    text = (data / "artifact.json").read_text()
+    (data / "artifact.json").write_text(text.replace('"num_answers": 1', '"num_answers": 2'))
+    with pytest.raises(ValueError, match=r"counts\.num_answers is 2, but there are 1"):
+        context_dependency.check(None, data)
 
 
 def test_messages_cannot_spell_template_tokens(probe):

@@ -1,6 +1,7 @@
 """Information gain: the oracle against a step by hand, the learner, and the scores."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from judges import SENTENCE, judge_texts, write_judge
 from row_invariants import run_stage, tokenizer_info, write_documents, write_tokens
@@ -14,7 +15,7 @@ from ropewalk.stages.data.selection.information_gain import (
     rank_correlation,
 )
 from ropewalk.stages.data.vocabulary import load_tokenizer, tokenizer_digest
-from ropewalk.stages.schema import read_artifact, read_table
+from ropewalk.stages.schema import read_artifact, read_table, write_shard
 
 TEXTS = judge_texts()
 
@@ -176,19 +177,31 @@ def test_bad_input_is_refused(tmp_path, model):
         run("6", good, good, InformationGainConfig(**CONFIG | {"learner_learning_rate": 1e20}))
 
 
-def test_measured_candidates_are_drawn_by_id_and_seed():
-    import pyarrow as pa
-
+def test_measured_candidates_are_drawn_by_id_and_seed(tmp_path):
     names = [f"s{number}" for number in range(50)]
-    tables = [
-        pa.table({"sample_id": part, "window": [[int(name[1:])] for name in part]}) for part in (names[:20], names[20:])
-    ]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder, part in zip(folders, (names[:20], names[20:]), strict=True):
+        windows = pa.array([[int(name[1:])] for name in part], pa.list_(pa.int32()))
+        write_shard(folder, "windows", 0, pa.table({"sample_id": part, "window": windows}))
     config = InformationGainConfig(num_oracle=10)
-    drawn, found = measured_candidates(config, tables)
+    drawn, found = measured_candidates(config, folders)
     assert found == [[int(name[1:])] for name in drawn] and len(set(drawn)) == 10
-    assert measured_candidates(config, tables[::-1]) == (drawn, found)
-    other, _ = measured_candidates(InformationGainConfig(num_oracle=10, seed=1), tables)
+    assert measured_candidates(config, folders[::-1]) == (drawn, found)
+    other, _ = measured_candidates(InformationGainConfig(num_oracle=10, seed=1), folders)
     assert set(other) != set(drawn)
+
+
+def test_a_shard_of_short_documents_only_scores_nothing(tmp_path, model):
+    texts = corpus(12)
+    documents = write_documents(tmp_path / "documents", texts)
+    short = write_documents(tmp_path / "short", {"tiny": "a"})
+    (short / "documents-00000.parquet").rename(documents / "documents-00001.parquet")
+    inputs = {"model": model, "objective": documents, "candidates": documents}
+    data = run_stage(information_gain, InformationGainConfig(**CONFIG), inputs, tmp_path / "run")
+    assert read_artifact(data).counts["num_scored"] == 12
+    (data / "oracle-00000.parquet").unlink()
+    with pytest.raises(ValueError, match=r"has no oracle-\*"):
+        information_gain.check(None, data)
 
 
 def test_some_pairs_are_always_held_out_and_some_are_not():

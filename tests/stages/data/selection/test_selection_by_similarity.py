@@ -5,6 +5,7 @@ import pytest
 from row_invariants import run_stage, write_documents
 from selected_samples import kept_ids, turns, write_chats, write_score_table, write_vectors
 
+from ropewalk.stages.context import LocalContext, Output, is_class
 from ropewalk.stages.data.selection import diversify, represent, smart
 from ropewalk.stages.data.selection.diversify import DiversifyConfig
 from ropewalk.stages.data.selection.represent import RepresentConfig
@@ -126,6 +127,37 @@ def test_represent_splits_a_pool_into_parts_and_gives_each_its_share(tmp_path):
     data = run_stage(represent, config, slots(tmp_path, vectors, scores), tmp_path / "run")
     assert len(kept_ids(data)) == 18
     assert read_artifact(data).details["num_parts"] == 4
+
+
+class BackwardsContext(LocalContext):
+    """Works through the items from the last to the first; gives results in item order."""
+
+    def map(self, function, items, *, resources=None):
+        build = function() if is_class(function) else function
+        items = list(items)
+        return iter([build(item) for item in items[::-1]][::-1])
+
+
+@pytest.mark.parametrize("stage", [represent, smart], ids=lambda stage: stage.NAME)
+def test_the_order_of_the_work_does_not_change_a_bit(tmp_path, stage):
+    vectors, scores = drawn(120)
+    sources = {name: f"t{number % 3}" for number, name in enumerate(vectors)}
+    inputs = slots(tmp_path, vectors, scores, sources)
+    config = SmartConfig(num_samples=40, part_samples=11)
+    config = config if stage is smart else RepresentConfig(pool_fraction=1, fraction=0.3, part_samples=11)
+    forth = run_stage(stage, config, inputs, tmp_path / "forth")
+    output = Output(tmp_path / "back", tmp_path / "observed")
+    for path in (output.data, output.observed, tmp_path / "work"):
+        path.mkdir()
+    stage.run(config, inputs, output, BackwardsContext(tmp_path / "work"))
+    assert {path.name: path.read_bytes() for path in output.data.iterdir()} == {
+        path.name: path.read_bytes() for path in forth.iterdir()
+    }
+
+
+def test_shares_are_those_of_their_decimal_spelling():
+    assert represent.share_of(0.29, 100) == 29
+    assert represent.share_of(0.001, 100) == 1
 
 
 def test_represent_refuses_a_floor_above_all_scores(tmp_path):
