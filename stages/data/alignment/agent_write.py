@@ -49,8 +49,8 @@ check = check_chats
 
 REASONS = ("several_turns", "unparsable_plan", "too_many_steps", *CALL_REASONS)
 _STEP = re.compile(
-    r"^[\s*#>-]*paragraph\s*(\d+)[*\s]*[-–—:.]+\s*(?:main\s+point[*\s]*:)?\s*(.+?)\s*[-–—,;|(]+\s*"
-    r"(?:word\s+count[*\s]*:)?[\s*~]*(?:about\s+)?(\d[\d,]*)\s*words?\b.*$",
+    r"^[\s#>-]*paragraph\s*(\d+)\s*[-–—:.]+\s*(?:main\s+point\s*:)?\s*(.+?)\s*[-–—,;|(]+\s*"
+    r"(?:word\s+count\s*:)?[\s~]*(?:about\s+)?(\d[\d,]*)\s*words?\b.*$",
     re.IGNORECASE,
 )
 _PLAN_PROMPT = """\
@@ -128,7 +128,7 @@ def parse_plan(text: str) -> list[Step] | None:
     """The steps of a plan; None unless every line is one and they count from 1."""
     steps = []
     for line in filter(str.strip, text.splitlines()):
-        found = _STEP.match(line)
+        found = _STEP.match(line.replace("*", ""))  # Models like to set labels in bold.
         if found is None or int(found[1]) != len(steps) + 1:
             return None
         steps.append(Step(line.strip(), int(found[3].replace(",", ""))))

@@ -142,6 +142,8 @@ class Endpoint:
         """
         cause = "it was not tried"
         for attempt in range(self._settings.num_attempts):
+            if self._stopped.is_set():
+                raise CallFailedError("the step was stopped")
             try:
                 return self._try(request)
             except _RetryError as retry:

@@ -77,21 +77,39 @@ def make_samples(samples: Iterable[Sample], make: Make, caller: Caller) -> Itera
     """Make every sample, in order; so many wait as keep the threads busy."""
     num_threads = caller.backend.num_threads
     waiting: deque[Future[Made]] = deque()
+    errors: list[BaseException] = []
+
+    def next_made() -> Made:
+        made = waiting.popleft().result()
+        if errors:
+            raise errors[0]
+        return made
+
     with ThreadPoolExecutor(num_threads, thread_name_prefix="ask") as pool:
         try:
             for sample in samples:
-                waiting.append(pool.submit(_make_one, make, sample, caller))
+                waiting.append(pool.submit(_make_one, make, sample, caller, errors))
                 if len(waiting) > 2 * num_threads:
-                    yield waiting.popleft().result()
+                    yield next_made()
             while waiting:
-                yield waiting.popleft().result()
+                yield next_made()
         finally:
             caller.backend.close()
             for future in waiting:
                 future.cancel()
 
 
-def _make_one(make: Make, sample: Any, caller: Caller) -> Made:
+def _make_one(make: Make, sample: Any, caller: Caller, errors: list[BaseException]) -> Made:
+    """Make a sample. An error ends the others, too: they may wait for minutes to try again."""
+    try:
+        return _made(make, sample, caller)
+    except BaseException as error:
+        errors.append(error)
+        caller.backend.close()
+        raise
+
+
+def _made(make: Make, sample: Any, caller: Caller) -> Made:
     ask = Ask(caller)
     try:
         return Made(make(sample, ask), ask.calls)

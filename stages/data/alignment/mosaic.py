@@ -10,9 +10,9 @@ meta-instruction asks for a form of the answers (`format`), also for an order (`
 order and mask are skipped for one item. Answers carry the number of their question. Wording is our own.
 
 Where the code differs, ours: it draws the wording anew whenever an item is added (here once a mosaic), its lists of
-orders and omissions end at 50 items (here they do not), and its Pareto draw subtracts 1 from a number that numpy already has shifted (kept: more mosaics have all
-items). While items are added, tokens are counted part by part; the finished text is counted as a whole and made
-shorter if that should be more.
+orders and omissions end at 50 items (here they do not), and its Pareto draw subtracts 1 from a number that numpy
+already has shifted (kept: more mosaics have all items). While items are added, tokens are counted part by part; the
+finished text is counted as a whole and made shorter if that should be more.
 
 Lost, counted: chats that are not one question and one answer (`num_dropped_several_turns`); items that are too long
 alone (`num_items_dropped_oversize`, in each epoch). Memory: one block of 65,536 items' mosaics a worker; texts lie in

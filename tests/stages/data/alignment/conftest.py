@@ -183,17 +183,23 @@ def model_folder(tmp_path_factory):
     encoded = ChatEncoder(tokenizer)([user(QUESTION), assistant(ANSWER)], "assistant_turns")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                num_attention_heads=2, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=0, pad_token_id=None, tie_word_embeddings=True,
-            )  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=0,
+            pad_token_id=None,
+            tie_word_embeddings=True,
         )
+        model = LlamaForCausalLM(config)
         ids = torch.tensor([encoded.input_ids])
         labels = torch.where(torch.tensor([encoded.loss_mask]), ids, -100)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-        for _ in range(40):
+        for _ in range(120):
             loss = model(ids, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()

@@ -13,7 +13,8 @@ CHATML = (
 )
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content | trim }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}{{ m.content | trim }}<|im_end|>\n"
+    "{% generation %}{{ m.content | trim }}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m.content | trim }}<|im_end|>\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PLAIN = (
