@@ -116,6 +116,27 @@ def test_chunks_bring_in_chunks_of_other_documents():
     assert len(negatives) >= 3
 
 
+def test_chunks_beyond_the_share_of_the_base_are_no_negatives():
+    ids = chunk_ids([4, *[1] * 12])
+    pool = pool_by_hand(ids, {n: [m for m in range(16) if m != n] for n in range(16)}, 15)
+    rows = rows_of(config_of(41, level="chunk", max_base_fraction=0.4), [8] * 4 + [4] * 12, pool)
+    # Two chunks of eight are the share; the others are the nearest, but the base of the next row.
+    assert [piece.document for piece in rows[0] if piece.document < 4] == [0, 1]
+    assert [piece.document for piece in rows[1] if piece.document < 4][:2] == [2, 3]
+
+
+def test_a_chunk_longer_than_its_span_takes_from_the_others():
+    ids = chunk_ids([3, *[1] * 30])
+    pool = pool_by_hand(ids, {n: [m for m in range(3, 33) if m != n] for n in range(33)}, 30)
+    for longest in range(3):
+        lengths = [3] * 33
+        lengths[longest] = 12
+        row, *_ = rows_of(config_of(31, level="chunk", max_base_fraction=0.9), lengths, pool)
+        sizes = [piece.num_tokens + piece.is_end for piece in row]
+        assert sum(sizes[:-1]) + row[-1].num_tokens <= 30 <= sum(sizes)
+        assert [piece.document for piece in row if piece.document < 3] == [0, 1, 2]
+
+
 def test_negatives_are_more_alike_than_random_ones():
     lengths = np.random.default_rng(0).integers(5, 40, size=200)
     pool = Pool.from_vectors([f"d{n:03d}" for n in range(200)], topical_vectors(200), 8)
