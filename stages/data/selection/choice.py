@@ -136,5 +136,5 @@ def sizes_of(kind: TableKind, column: Any) -> np.ndarray:
         return column.to_numpy()
     if kind == "tokens":
         return column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    sizes = [sum(len(turn["content"].encode()) for turn in messages) for messages in column.to_pylist()]
+    sizes = [sum(len((turn["content"] or "").encode()) for turn in messages) for messages in column.to_pylist()]
     return np.asarray(sizes, dtype=np.int64)

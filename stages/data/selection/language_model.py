@@ -6,8 +6,8 @@ unless a caller cuts it with `truncate` and counts it, and a sequence beyond the
 Attention is observed through transformers' attention interface, so every stock model with that interface can be read:
 the layer's output is computed by torch's own kernel, and an observer may ask for the weights of any rows of the layer
 that is running. No more than one layer's queries and keys and one block of rows of its weights are held, so memory
-grows with the sequence, not with its square: for 64K tokens of a 7B model in half precision about 4 GiB beside the
-weights (the MLP's activations are the largest part), and 256 MiB for a block of weights.
+grows with the sequence, not with its square: for 64K tokens of a 7B model in half precision some 4 GiB beside the
+weights (the MLP's activations are the largest part), and half a GiB for a block of weights and copies of it.
 
 Legend: B sequences, L query tokens, S key tokens, H query heads, G key/value heads, D head dimension, R rows, V ids.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16", "float16"]
 ATTENTION_NAME = "ropewalk_observed"
 _MAX_LOSS = 700.0  # exp of it is still a number.
-_BLOCK_ELEMENTS = 2**26
+_BLOCK_ELEMENTS = 2**25
 """Attention weights, or logits in float32, that are held at once."""
 
 

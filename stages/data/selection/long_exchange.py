@@ -21,6 +21,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from ropewalk.stages.data.selection.language_model import TextEncoder
 
@@ -41,7 +42,7 @@ class LongExchange:
     response: str
 
     @classmethod
-    def of(cls, messages: Sequence[Mapping[str, str]]) -> LongExchange:
+    def of(cls, messages: Sequence[Mapping[str, Any]]) -> LongExchange:
         """Read a chat of one user turn and one assistant turn; system turns are left out.
 
         Raises UnusableError with the reason "not_one_exchange", "no_context" or "no_response".
@@ -49,7 +50,7 @@ class LongExchange:
         turns = [turn for turn in messages if turn["role"] != "system"]
         if [turn["role"] for turn in turns] != ["user", "assistant"]:
             raise UnusableError("not_one_exchange")
-        question, response = turns[0]["content"].rstrip(), turns[1]["content"]
+        question, response = (turns[0]["content"] or "").rstrip(), turns[1]["content"] or ""
         breaks = list(_BLANK_LINE.finditer(question))
         if not breaks or not question[: breaks[-1].start()].strip():
             raise UnusableError("no_context")

@@ -24,7 +24,9 @@ def config_for(folder: Path, window: int | None, extension: Extension) -> tuple[
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model: it has no config.json")
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    own_window: int = config.max_position_embeddings
+    own_window: int | None = getattr(config, "max_position_embeddings", None)
+    if own_window is None:
+        raise ValueError(f"{folder / 'config.json'} has no max_position_embeddings, so its window is unknown: set it")
     if window is None or window <= own_window:
         return config, own_window
     if extension == "none":

@@ -170,6 +170,7 @@ def test_chats_that_cannot_be_scored_are_counted_by_reason(models, tmp_path):
         "x/order": [("assistant", "hello")],
         "x/context": [("user", "just a question\n\n"), ("assistant", "yes")],
         "x/response": exchange(long, "go on", " \n"),
+        "x/null": [("user", None), ("assistant", None)],
         "x/room": exchange(long, "go on", words(250)),
         "x/segment": exchange("a", "go on", "yes"),
     }
@@ -177,12 +178,12 @@ def test_chats_that_cannot_be_scored_are_counted_by_reason(models, tmp_path):
     counts = read_artifact(data).counts
     assert {name: n for name, n in counts.items() if name.startswith("num_dropped_")} == {
         "num_dropped_not_one_exchange": 2,
-        "num_dropped_no_context": 1,
+        "num_dropped_no_context": 2,
         "num_dropped_no_response": 1,
         "num_dropped_no_room": 1,
         "num_dropped_one_segment": 1,
     }
-    assert counts["num_in"] == 13 and counts["num_scored"] == 7
+    assert counts["num_in"] == 14 and counts["num_scored"] == 7
 
 
 @pytest.mark.parametrize("shard_records", [1, 2, 100])
