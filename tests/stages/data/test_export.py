@@ -18,7 +18,7 @@ from row_invariants import run_stage, tokenizer_info, write_documents, write_tok
 from ropewalk.stages.context import LocalContext, Output
 from ropewalk.stages.data import export, ingest
 from ropewalk.stages.data.export import ExportConfig
-from ropewalk.stages.data.exporters import mds
+from ropewalk.stages.data.exporters import mds, megatron
 from ropewalk.stages.data.exporters.source_shards import open_shard
 from ropewalk.stages.schema import (
     Artifact,
@@ -336,6 +336,20 @@ def test_records_without_tokens_are_counted_where_there_is_no_place_for_them(tmp
     counts = read_artifact(out).counts
     assert (counts["num_in"], counts["num_records"], counts["num_dropped_no_tokens"]) == (2, 2 - dropped, dropped)
     assert len(READERS[format](out)) == 2 - dropped
+
+
+def test_mds_arrays_of_any_length_are_read_back(tmp_path):
+    lengths = [1, 255, 256, 65_535, 65_536]
+    tokens = write_tokens(tmp_path / "in", {f"d{length}": [100 + length % 800] * length for length in lengths})
+    out = export_to(tmp_path / "out", {"tokens": tokens}, format="mds")
+    assert [len(record["input_ids"]) for record in read_mds(out)] == lengths
+
+
+def test_a_long_index_of_megatron_is_written_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(megatron, "_CHUNK_SEQUENCES", 3)
+    documents = {f"d{number}": [100 + number] * (number + 1) for number in range(11)}
+    out = export_to(tmp_path / "out", {"tokens": write_tokens(tmp_path / "in", documents)}, format="megatron")
+    assert [record["input_ids"] for record in read_megatron(out)] == list(documents.values())
 
 
 def test_mds_shards_are_closed_before_they_are_too_large(tmp_path, monkeypatch):

@@ -184,7 +184,7 @@ TEXTS = st.lists(st.sampled_from([" ", "a", "bb", "ccc", "dddd", "x" * 20, "y" *
     shard_bytes=st.integers(1, 120),
     group=st.integers(1, 5),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_any_cutting_of_the_work_gives_what_reading_one_by_one_gives(texts, shard_bytes, group):
     expected, duplicates = one_by_one(texts, shard_bytes)
     sources = [{"name": name, "format": "jsonl"} for name in texts]
@@ -330,6 +330,18 @@ def test_digests_are_of_the_text(tmp_path):
     run_unordered(IngestConfig(sources=[text_source("s")]), {"s": folder}, tmp_path / "out")
     (texts,) = (tmp_path / "out" / "work" / "units" / "files").glob("*/texts")
     assert texts.read_bytes() == hashlib.sha256("é".encode()).digest()[:16]
+
+
+def test_the_pages_of_a_shard_do_not_show_how_the_work_was_cut(tmp_path, monkeypatch):
+    lines = [json.dumps({"text": hashlib.sha256(b"%d" % number).hexdigest() * 20}) for number in range(3000)]
+    folder = write_texts(tmp_path / "s", {f"{f:02d}.jsonl": "\n".join(lines[f * 150 :][:150]) for f in range(20)})
+    config = IngestConfig(sources=[{"name": "s", "format": "jsonl"}])
+    whole = ingest_into(tmp_path / "whole", config.sources, {"s": folder})
+    monkeypatch.setattr(ingest, "group_parts", lambda source, parts, _: [Unit(source, (part,)) for part in parts])
+    cut = ingest_into(tmp_path / "cut", config.sources, {"s": folder})
+    assert [path.read_bytes() for path in shard_paths(cut, "documents")] == [
+        path.read_bytes() for path in shard_paths(whole, "documents")
+    ]
 
 
 def test_the_shard_size_changes_no_document(tmp_path):
