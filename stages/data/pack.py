@@ -50,9 +50,6 @@ NAME = "pack"
 VERSION = 1
 check = check_rows
 
-UNIT_ROWS = 2**32
-"""More than the rows of any unit."""
-
 
 class PackConfig(Record):
     """What the rows depend on."""
@@ -109,13 +106,13 @@ def num_cut(plan: RowPlan, corpus: Corpus) -> int:
     return int((cut & (corpus.starts == 0)).sum())
 
 
-def row_indices(config: PackConfig, num_rows: int, unit: int, *, is_only: bool) -> np.ndarray:
-    """The numbers in the ids of a unit's rows: unit u counts from u * 2**32; an only unit, by place in the shuffle."""
+def row_indices(config: PackConfig, num_rows: int, *, is_only: bool) -> np.ndarray:
+    """The numbers in the ids of a unit's rows: their places in the unit; if it is the only one, in the shuffle."""
     import numpy as np
 
     if is_only:
         return np.argsort(seeded_rng(config.seed, NAME, "rows").permutation(num_rows))
-    return unit * UNIT_ROWS + np.arange(num_rows)
+    return np.arange(num_rows)
 
 
 def run(config: PackConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:
@@ -175,7 +172,7 @@ def _write(
         elif config.partial_row == "drop":
             counts["num_tokens_dropped_partial_row"] = int(plan.tokens()[left].sum())
             plan = plan.rows(np.flatnonzero(~left))
-        indices = row_indices(config, plan.num_rows, unit, is_only=is_only)
+        indices = row_indices(config, plan.num_rows, is_only=is_only)
         for rows in batches_of_rows(plan.num_rows, config.row_tokens):
             batch = lay_rows(plan.rows(rows), corpus, info, config.row_tokens)
             writer.write(batch, corpus, batch.row_ids(NAME, config.seed, indices[rows].tolist(), corpus))

@@ -3,7 +3,7 @@ import string
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from orders_of_work import run_backwards
 from row_invariants import (
@@ -191,6 +191,8 @@ def slow_record(laid, row_tokens, info):
     st.booleans(),
     st.integers(0, 3),
 )
+# Documents that fill their rows to the last token: there is no room for a separator.
+@example([69] * 6, 70, THREE, "uniform", True, False, 0)
 def test_rows_equal_those_of_plain_lists(
     tmp_path_factory, tokenizer, lengths, row_tokens, kinds, cuts, ordered, backtracing, seed
 ):
@@ -398,6 +400,19 @@ def test_the_order_in_which_units_are_done_changes_no_byte(tmp_path, tokenizer):
     forth, back = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     assert forth == back
     assert read_artifact(folders[0]).details["num_units"] > 3
+
+
+def test_every_unit_draws_its_own_knots(tmp_path, tokenizer):
+    # Two shards of seven documents, in each a long one; rows hold pieces of it only.
+    rows, artifact, _ = make_rows(
+        tmp_path, tokenizer, [69 * 20, *[0] * 6] * 2, row_tokens=70, row_kinds=THREE, group_tokens=69 * 20
+    )
+    assert artifact.details["num_units"] == 2
+    cuts = {"d000": [], "d007": []}
+    for row in sorted(rows, key=lambda row: row["segments"][0]["start"]):
+        cuts[row["segments"][0]["doc_id"]].append([segment["num_tokens"] for segment in row["segments"]])
+    assert len(cuts["d000"]) == len(cuts["d007"]) == 20
+    assert sum(one == other for one, other in zip(*cuts.values(), strict=True)) < 3
 
 
 def test_several_units_pad_one_row_at_most(tmp_path, tokenizer):
