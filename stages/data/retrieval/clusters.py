@@ -265,11 +265,12 @@ def _halves(num_documents: int, depth: int) -> list[int]:
     return [*_halves(first, depth - 1), *_halves(num_documents - first, depth - 1)]
 
 
-def divide_by_vector(vectors: np.ndarray, sizes: Sequence[int], seed: int) -> list[np.ndarray]:
-    """Rows (ascending) of the parts of a group, with the sizes that `part_sizes` gave."""
+def divide_by_vector(vectors: np.ndarray, order: np.ndarray, sizes: Sequence[int], seed: int) -> list[np.ndarray]:
+    """Rows (ascending) of the parts of a group, with the sizes that `part_sizes` gave; `order` as of `tie_order`."""
     import numpy as np
 
-    return _divide(vectors, np.arange(len(vectors)), list(sizes), seed)
+    # By id, so that the parts do not depend on the order of the corpus.
+    return [np.sort(rows) for rows in _divide(vectors, np.argsort(order), list(sizes), seed)]
 
 
 def _divide(vectors: np.ndarray, rows: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
@@ -282,12 +283,12 @@ def _divide(vectors: np.ndarray, rows: np.ndarray, sizes: list[int], seed: int) 
     centroids = train_centroids(vectors[rows], 2, seed)
     products = np.empty(len(rows), dtype=np.float32)
     products_with(vectors[rows], centroids[1] - centroids[0], products)
+    ranking = np.argsort(products, kind="stable")
     half = len(sizes) // 2
-    order = rows[np.argsort(products, kind="stable")]
-    cut = sum(sizes[:half])
+    first, second = np.split(ranking, [sum(sizes[:half])])
     return [
-        *_divide(vectors, np.sort(order[:cut]), sizes[:half], seed),
-        *_divide(vectors, np.sort(order[cut:]), sizes[half:], seed),
+        *_divide(vectors, rows[np.sort(first)], sizes[:half], seed),
+        *_divide(vectors, rows[np.sort(second)], sizes[half:], seed),
     ]
 
 

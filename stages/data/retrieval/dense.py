@@ -112,12 +112,16 @@ def assign(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return nearest
 
 
-def fine_lists(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """int32 `[N]`: the fine list of each vector, about sqrt(N) lists, none of them empty; -1 for zeros."""
+def fine_lists(vectors: np.ndarray, order: np.ndarray, seed: int) -> np.ndarray:
+    """int32 `[N]`: the fine list of each vector, about sqrt(N) lists, none of them empty; -1 for zeros.
+
+    `order` is that of `tie_order`: vectors are trained on by id, so the lists do not depend on the order of the corpus.
+    """
     import numpy as np
 
     lists = np.full(len(vectors), -1, dtype=np.int32)
-    used = np.flatnonzero(~zero_rows(vectors))
+    used = np.argsort(order)
+    used = used[~zero_rows(vectors)[used]]
     num_lists = round(len(used) ** 0.5)
     if num_lists < _FEWEST_PER_LIST:
         lists[used] = 0
@@ -244,7 +248,9 @@ class DenseRequery:
         self._members, self._offsets, centroids = list_centroids(vectors, lists)
         self._live = np.diff(self._offsets)
         # The more documents are used, the more lists it takes to choose among as many.
-        self._num_scored = num_probes * len(self._members) // (_LEAST_SCORED * len(self._live)) if len(self._live) else 0
+        self._num_scored = (
+            num_probes * len(self._members) // (_LEAST_SCORED * len(self._live)) if len(self._live) else 0
+        )
         self._centroids = by_dimension(centroids)
         self._columns = np.empty(len(self._members) * vectors.shape[1], dtype=np.float32)
         for begin, end in pairwise(self._offsets):

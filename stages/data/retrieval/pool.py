@@ -67,7 +67,7 @@ class Pool:
     ) -> Pool:
         """A pool in memory, with the exact neighbours by cosine of `vectors` (`[n, d]`)."""
         unit, order = unit_vectors(vectors), tie_order(doc_ids)
-        lists = fine_lists(unit, seed=0)
+        lists = fine_lists(unit, order, seed=0)
         found, scores = DenseSearch(unit, lists, order, "exact", num_probes)(0, len(unit), num_neighbours)
         return cls(list(doc_ids), found, scores, DenseRequery(unit, lists, order, num_probes))
 

@@ -49,17 +49,21 @@ def gather_group(config: NeighboursConfig, group: Group, folder: Path) -> dict[s
     if config.retriever == "tree":
         return _gather_tree(config, group, table, folder)
     sizes = part_sizes(table.num_rows, config.cluster_documents, halve=True)
-    divided = [None] if len(sizes) == 1 else divide_by_vector(read_unit_vectors(table), sizes, config.seed)
+    divided: list[Any] = [None]
+    if len(sizes) > 1:
+        order = tie_order(table.column("doc_id").to_pylist())
+        divided = divide_by_vector(read_unit_vectors(table), order, sizes, config.seed)
     gathered = {"num_zero_vectors": 0, "num_terms": 0}
     for cluster, rows in zip(group.clusters, divided, strict=True):
         part = table if rows is None else table.take(rows)
-        _write_ids(folder, cluster, part.column("doc_id").to_pylist())
+        ids = part.column("doc_id").to_pylist()
+        _write_ids(folder, cluster, ids)
         if config.retriever == "bm25":
             bags, _ = make_bags(text.as_py() for text in part.column("text"))
             write_bags(folder, cluster, bags)
             gathered["num_terms"] += len(bags.terms)
         else:
-            lists = fine_lists(read_unit_vectors(part), config.seed)
+            lists = fine_lists(read_unit_vectors(part), tie_order(ids), config.seed)
             write_vectors(folder, cluster, lists, vector_column(part.column("vector")))
             gathered["num_zero_vectors"] += int((lists < 0).sum())
     return gathered
