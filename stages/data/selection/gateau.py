@@ -246,7 +246,7 @@ class ShortPass:
         return dict(counts)
 
     def _perplexity(self, tokens: ExchangeTokens) -> float:
-        if self._config.short_positions == "dynamic":
+        if self._config.short_positions == "dynamic" and self._loaded.own_window < self._config.max_tokens:
             stretch_positions(self._loaded, len(self._encoder.prefix) + len(tokens))
         return whole_perplexity(self._loaded, tokens, self._encoder.prefix)
 
