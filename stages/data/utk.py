@@ -24,7 +24,7 @@ Rows of kind `turns` are the paper's baseline CIP: chunk 0 of every document, th
 Defects of that code avoided: the last document's listing and its place were wrong (the slot of its last chunk was its
 ordinal); four chunks could not be had, as 4 meant chunks of 1024 tokens (here `hop_tokens`, with every token of a
 marker masked, not only its ends); seed * 100000 + index repeats generators between seeds; the fast form of its CIP
-restored the original order instead of interleaving.
+restored the original order instead of interleaving; its draws hang on the version of NumPy.
 
 Rows are made by unit: some consecutive shards of tokens. Unit u numbers its rows from u * 2**32. The last, partial row
 of each unit is left, and all that is left is one more unit.
@@ -53,6 +53,7 @@ from ropewalk.stages.data.units import (
     load_tokenizer_info,
     load_tokens,
     map_units,
+    sum_counts,
     token_units,
 )
 from ropewalk.stages.data.vocabulary import tokenizer_digest, tokenizer_folder
@@ -109,7 +110,9 @@ def run(config: UtkConfig, inputs: Mapping[str, Path], output: Output, context: 
     build = partial(build_unit, config, info, markers, folder)
     rest = partial(build_rest, config, info, markers, folder, len(units))
     shards = map_units(context, build, units, build_rest=rest)
-    details: dict[str, Any] = {"num_units": len(units)}
+    counts = sum_counts(shards)
+    if not counts["num_rows"] and counts["num_tokens_dropped_partial_row"]:
+        raise ValueError('partial_row="drop" drops the only row: the tokens do not fill row_tokens once')
     finish_rows(
         output,
         context,
@@ -119,7 +122,7 @@ def run(config: UtkConfig, inputs: Mapping[str, Path], output: Output, context: 
         info=info,
         row_tokens=config.row_tokens,
         num_rows=config.num_rows,
-        details=details,
+        details={"num_units": len(units)},
     )
 
 

@@ -207,3 +207,10 @@ def test_tokens_without_a_tokenizer_are_refused(tmp_path):
 def test_counts_that_do_not_add_up_stop_the_stage():
     with pytest.raises(RuntimeError, match="10 tokens came in, 9 are accounted for"):
         check_counts({"num_tokens_in": 10, "num_tokens_kept": 5, "num_tokens_trimmed": 1, "num_tokens_dropped_x": 3})
+
+
+def test_dropping_the_only_row_is_an_error(tmp_path):
+    inputs = {"tokens": write_tokens(tmp_path / "tokens", numbered_documents([3, 4]))}
+    config = pack.PackConfig(row_tokens=24, method="concatenate", partial_row="drop")
+    with pytest.raises(ValueError, match="drops the only row: the tokens do not fill row_tokens once"):
+        run_stage(pack, config, inputs, tmp_path / "out")

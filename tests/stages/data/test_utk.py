@@ -449,3 +449,8 @@ def test_a_gigantic_document_is_cut_in_each_of_its_rows(tmp_path, tokenizer):
 def test_documents_without_tokens_are_an_error(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="every document of slot tokens is empty"):
         make_rows(tmp_path, tokenizer, [0, 0], row_tokens=70)
+
+
+def test_dropping_the_only_row_is_an_error(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="drops the only row: the tokens do not fill row_tokens once"):
+        make_rows(tmp_path, tokenizer, [3, 4], row_tokens=70, partial_row="drop")
