@@ -151,6 +151,10 @@ def test_pieces_hold_no_removed_word_and_their_places(words, places, margin):
         assert not kept & set(range(begin - margin, end + margin))
 
 
+def test_spans_that_touch_or_overlap_are_one():
+    assert covered_spans([0, 3, 5, 10], 3) == [(0, 8), (10, 13)]
+
+
 def test_spelling_does_not_hide_a_copy():
     one, other = "Café, déjà-VU ﬁne", "cafe\u0301 DE\u0301JA\u0300 vu\tfine"
     assert [normal_form(word) for word in split_words(one)] == ["café", "déjà", "vu", "fine"]

@@ -112,6 +112,13 @@ def test_tails_are_those_of_documents_that_pass_the_other_limits(tmp_path):
     assert (counts["num_dropped_too_short"], counts["num_dropped_most_repetitive"]) == (8, 2)
 
 
+def test_a_document_has_one_reason(tmp_path):
+    documents = mixed_texts(20) | {f"web/flat{n}": "x" * (5000 + n) for n in range(5)}
+    out = run(tmp_path, documents, shard_records=30, min_compression_ratio=0.02, drop_most_repetitive_fraction=0.1)
+    counts = read_artifact(out).counts
+    assert (counts["num_dropped_too_repetitive"], counts["num_dropped_most_repetitive"]) == (5, 2)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     ratios=st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5]), min_size=1, max_size=40),
