@@ -274,9 +274,26 @@ def open_caller(config: GenerationConfig, inputs: Mapping[str, Path], context: C
         threads = EndpointSettings.threads_from_environment()
         name = config.model
         backend = _Later(lambda: Endpoint(EndpointSettings.from_environment(), tally), threads)
-    shared = cache_folder()
-    folders = [CallFolder(context.work / "calls"), *([CallFolder(shared)] if shared else [])]
+    folders = [CallFolder(context.work / "calls"), *_shared_folder(tally)]
     return Caller(config, name, backend, folders, _earlier_calls(inputs.get("calls")), tally)
+
+
+def _shared_folder(tally: Tally) -> list[CallFolder]:
+    """The cache folder, made if need be. Where no one asked for it, a machine without a home does without."""
+    folder = cache_folder()
+    if folder is None:
+        return []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return [CallFolder(folder)]
+        cause = "it may not be written"
+    except OSError as error:
+        cause = error.strerror or "it cannot be made"
+    if os.environ.get("ROPEWALK_CALL_CACHE"):
+        raise ValueError(f"ROPEWALK_CALL_CACHE names a folder that cannot be used: {cause}")
+    tally.add(num_unusable_cache_folders=1)
+    return []
 
 
 def _earlier_calls(folder: Path | None) -> dict[str, Completion]:

@@ -144,7 +144,7 @@ def check(config: Any, output: Path) -> None:
         flat = ids.flatten().to_numpy()
         if len(flat) and not 0 <= flat.min() <= flat.max() < artifact.tokenizer.vocab_size:
             raise ValueError(f"{output}: input_ids holds an id outside the tokenizer's vocab_size")
-        if not all(map(any, mask.to_pylist())):
+        if not _all_have_targets(mask):
             raise ValueError(f"{output}: loss_mask of a chat has no target")
         found.update(num_kept=batch.num_rows, num_tokens=len(flat), num_target_tokens=mask.flatten().true_count)
     if not found["num_kept"]:
@@ -156,6 +156,14 @@ def check(config: Any, output: Path) -> None:
             )
     if tokenizer_digest(output) != artifact.tokenizer.digest:
         raise ValueError(f"{output / 'tokenizer'}: its digest is not tokenizer.digest of artifact.json")
+
+
+def _all_have_targets(mask: Any) -> bool:
+    import numpy as np
+
+    ends = np.cumsum(mask.value_lengths().to_numpy())
+    sums = np.concatenate([[0], np.cumsum(mask.flatten().to_numpy(zero_copy_only=False))])[ends]
+    return bool((np.diff(sums, prepend=0) > 0).all())
 
 
 def run(config: ChatTokensConfig, inputs: Mapping[str, Path], output: Output, context: Context) -> None:

@@ -138,6 +138,18 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_folder() == Path.home() / ".cache" / "ropewalk" / "calls"
 
 
+def test_a_cache_folder_that_cannot_be_used_is_told_and_the_usual_one_done_without(tmp_path, server, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("ROPEWALK_CALL_CACHE", str(tmp_path / "file" / "calls"))
+    with pytest.raises(ValueError, match="ROPEWALK_CALL_CACHE names a folder that cannot be used"):
+        caller_for(tmp_path)
+    monkeypatch.delenv("ROPEWALK_CALL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    caller = caller_for(tmp_path)
+    assert caller.ask([user("q")]).completion.text == "answer 1"
+    assert caller.tally.counts["num_unusable_cache_folders"] == 1
+
+
 def test_model_and_endpoint_exclude_each_other(tmp_path, model_folder):
     for config, slots in [(GENERATION, {"model": model_folder}), (GenerationConfig(), {})]:
         with pytest.raises(ValueError, match="give one"):

@@ -69,6 +69,10 @@ def test_a_chat_without_control_tokens_is_encoded_as_stock_transformers_does(enc
         assert all(encoded.loss_mask) and encoded.num_spelled == 0
 
 
+def special_ids(tokenizer):
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def independent_mask(tokenizer, ids):
     """What an assistant writes in ChatML, found in the ids alone: from the header's end to the turn's end."""
     start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
@@ -113,7 +117,7 @@ def test_no_message_makes_a_control_token(encoders, messages):
     harmless = [{**message, "content": "x"} for message in messages]
     for (kind, name), encoder in encoders.items():
         tokenizer = encoder._tokenizer
-        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        special = special_ids(tokenizer) - {tokenizer.unk_token_id}
 
         def controls(chat, encoder=encoder, special=special):
             return [token for token in encoder(chat, "everything").input_ids if token in special]
@@ -164,6 +168,42 @@ def test_a_token_across_the_beginning_of_an_answer_is_a_target_and_counted(encod
     straddled = trailing([user("who"), assistant(f"{word} x")], "assistant_turns")
     assert straddled.loss_mask == encoded.loss_mask
     assert (encoded.num_straddling, straddled.num_straddling) == (0, 1)
+
+
+def test_spaces_before_words_belong_to_their_tokens_whatever_the_post_processor_trims(tokenizers_by_kind, tmp_path):
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    tokenizers_by_kind["byte_level"].save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    word = max(text[1:] for text in tokenizer.get_vocab() if text[0] == "\u0120")
+    trailing = ChatEncoder(tokenizer, PLAIN.replace("ASSISTANT:", "ASSISTANT: "))
+    assert trailing([user("who"), assistant(f"{word} x")], "assistant_turns").num_straddling == 1
+
+
+def test_what_follows_the_last_control_token_is_a_target_unless_it_is_white_space(tokenizers_by_kind):
+    signed = CHATML.replace("<|im_end|>\n", "<|im_end|> over{{ '\n' }}")
+    encoder = ChatEncoder(tokenizers_by_kind["byte_level"], signed)
+    encoded = encoder([user("a"), assistant("b")], "last_turn")
+    targets = [token for token, target in zip(encoded.input_ids, encoded.loss_mask, strict=True) if target]
+    assert encoder._tokenizer.decode(targets) == "b<|im_end|> over\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [
+        ("{{ m.content | trim }}|im_end|>", "a < "),
+        ("<|im_{{ m.content | trim }}", "\nend|> b"),
+        ("<{{ m.content }}|>", "<s>x"),
+    ],
+)
+def test_no_message_completes_a_control_token_with_the_templates_text(tokenizers_by_kind, template, content):
+    tokenizer = tokenizers_by_kind["byte_level"]
+    encoder = ChatEncoder(tokenizer, f"{{% for m in messages %}}{template}<|eos|>{{% endfor %}}")
+    ids = encoder([user(content), assistant("b")], "everything").input_ids
+    assert [token for token in ids if token in special_ids(tokenizer)] == [tokenizer.eos_token_id] * 2
+    assert tokenizer.decode(ids).startswith(template.split("{")[0] + content.strip())
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error_except_for_the_last_turn(tokenizers_by_kind):

@@ -10,7 +10,7 @@ from row_invariants import run_stage
 
 from ropewalk.stages.data.alignment import mosaic
 from ropewalk.stages.data.alignment.conversations import assistant, user
-from ropewalk.stages.data.alignment.meta_instructions import draw_meta
+from ropewalk.stages.data.alignment.meta_instructions import _MASKS, _ORDERS, draw_meta
 from ropewalk.stages.data.alignment.mosaic import Item, MosaicConfig, draw_num_items, make_mosaics
 from ropewalk.stages.data.alignment.token_counts import TokenCounter
 from ropewalk.stages.schema import read_artifact, read_table, seeded_rng
@@ -22,7 +22,7 @@ CONFIGS = st.builds(
     MosaicConfig,
     num_items=st.sampled_from(["uniform", "fixed", "exponential", "pareto", "log_normal", "logistic", "fill"]),
     max_items=st.integers(1, 12),
-    max_tokens=st.integers(20, 400),
+    max_tokens=st.integers(20, 3000),
     meta_instructions=st.sampled_from(["format", "order", "mask", "all"]),
     seed=st.integers(0, 1000),
 )
@@ -49,6 +49,16 @@ def test_items_are_used_once_in_order_and_mosaics_are_short_enough(counter, conf
 
 @settings(max_examples=60, deadline=None)
 @given(config=CONFIGS, items=ITEMS)
+def test_a_whole_that_has_more_tokens_than_its_parts_is_short_enough_all_the_same(config, items):
+    def steep(*texts):
+        return int(sum(map(len, texts)) ** 1.2)
+
+    for record in filter(None, make_mosaics(config, items, steep, 0, 0)):
+        assert steep(*(message["content"] for message in record["messages"])) < config.max_tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=CONFIGS, items=ITEMS)
 def test_every_question_is_shown_and_the_right_ones_are_answered_in_the_right_order(counter, config, items):
     by_id = {item.sample_id: item for item in items}
     for record in filter(None, make_mosaics(config, items, counter, 0, 0)):
@@ -60,6 +70,23 @@ def test_every_question_is_shown_and_the_right_ones_are_answered_in_the_right_or
         names = [int(item.sample_id[1:]) for item in inside]
         assert [names.index(number) for number in found] == metadata["answered"]
         assert metadata["answered"] == expected_places(metadata, inside, question)
+
+
+def test_every_rule_is_drawn_and_followed(counter):
+    words = ["Pear", "apple", "fig", "Quince ", "date", "banana", "elder", "grape", "cherry"]
+    items = [Item(f"s{n}", f"{word} {'so ' * (n * 5 % 7)}?", f"a{n} .") for n, word in enumerate(words)]
+    by_id = {item.sample_id: item for item in items}
+    seen = Counter()
+    for seed in range(300):
+        config = MosaicConfig(num_items="fixed", max_items=9, seed=seed)
+        (record,) = make_mosaics(config, items, counter, 0, 0)
+        metadata = json.loads(record["metadata"])
+        question, answer = (message["content"] for message in record["messages"])
+        inside = [by_id[name] for name in metadata["items"]]
+        assert metadata["answered"] == expected_places(metadata, inside, question)
+        assert [int(number) for number in re.findall(r"a(\d+) ", answer)] == metadata["answered"]
+        seen[metadata["rule"]] += 1
+    assert set(seen) == {"", *_ORDERS, *_MASKS}
 
 
 def expected_places(metadata, inside, question):
