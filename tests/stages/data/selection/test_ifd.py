@@ -32,12 +32,13 @@ class PlainModel:
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def ppl(self, before, answer):
-        ids = [self.tokenizer.bos_token_id, *before, *answer]
+    def losses(self, ids):
         with self.torch.no_grad():
             logs = self.model(self.torch.tensor([ids])).logits[0].log_softmax(-1)
-        places = range(len(ids) - len(answer), len(ids))
-        return np.exp(-np.mean([float(logs[place - 1, ids[place]]) for place in places]))
+        return [-float(logs[place - 1, ids[place]]) for place in range(1, len(ids))]
+
+    def ppl(self, before, answer):
+        return np.exp(np.mean(self.losses([self.tokenizer.bos_token_id, *before, *answer])[len(before) :]))
 
 
 def score(tmp_path, judge, chats, **config):
@@ -121,3 +122,23 @@ def test_bad_input_is_refused(tmp_path, judge):
     chats = write_chats(tmp_path / "chats", {"a": turns("x", "y")})
     with pytest.raises(ValueError, match="holds no tokenizer"):
         run_stage(ifd, IfdConfig(), {"chats": chats, "model": chats}, tmp_path / "3")
+
+
+def test_without_a_begin_token_the_first_token_counts_in_neither_perplexity(tmp_path, judge):
+    import json
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(judge, bare)
+    (bare / "special_tokens_map.json").unlink(missing_ok=True)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings = {name: value for name, value in settings.items() if name not in ("bos_token", "eos_token")}
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    rows, counts = score(tmp_path, bare, {"a": turns(TEXTS[0], TEXTS[1]), "one token": turns(TEXTS[0], "q")})
+    plain = PlainModel(judge)
+    before, answer = plain.ids(TEXTS[0] + "\n"), plain.ids(TEXTS[1])
+    losses = [plain.losses([*before, *answer])[len(before) :], plain.losses(answer)]
+    assert len(losses[0]) == len(losses[1]) == len(answer) - 1
+    assert rows["a"]["ppl_given_prompt"] == pytest.approx(np.exp(np.mean(losses[0])), rel=1e-4)
+    assert rows["a"]["ppl"] == pytest.approx(np.exp(np.mean(losses[1])), rel=1e-4)
+    assert set(rows) == {"a"} and counts["num_dropped_empty_answer"] == 1

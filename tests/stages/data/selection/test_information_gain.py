@@ -217,3 +217,23 @@ def test_rank_correlation_is_spearmans():
     some, others = rng.integers(0, 5, 40).astype(float), rng.normal(size=40)
     assert rank_correlation(some, others) == pytest.approx(spearmanr(some, others).statistic)
     assert rank_correlation(np.ones(3), np.arange(3.0)) == 0
+
+
+def test_the_best_epoch_of_the_learner_is_returned():
+    import torch
+
+    from ropewalk.stages.data.selection.gain_learner import Pairs, Training, train
+
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(30, 8, generator=generator)
+    ids = torch.randint(0, 30, (80, 6), generator=generator)
+    gains = torch.randn(80, generator=generator, dtype=torch.float64)
+    # Noise cannot be learnt: after some epochs of a high rate the held-out error grows.
+    state = torch.get_rng_state()
+    learner, errors = train(
+        embeddings, Training(1e-2, 12, 8, 0), Pairs(ids[:60], gains[:60]), Pairs(ids[60:], gains[60:])
+    )
+    assert torch.equal(torch.get_rng_state(), state), "others' random numbers are left alone"
+    assert len(errors) == 12 and min(errors) < errors[-1]
+    found = float((learner.predict(ids[60:]) - gains[60:]).square().mean())
+    assert found == pytest.approx(min(errors))
