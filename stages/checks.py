@@ -46,13 +46,16 @@ def check_documents(config: Any, output: Path) -> None:
 def check_tokens(config: Any, output: Path) -> None:
     """Schema, that there are documents, the counts of documents and tokens, and that ids are in the vocabulary."""
     artifact = read_artifact(output, "tokens")
-    _check_columns(output, "tokens", tokens_schema())
+    is_masked = "loss_mask" in _column_names(output, "tokens")
+    _check_columns(output, "tokens", tokens_schema(loss_mask=is_masked))
     vocab_size = _vocab_size(output, artifact)
     num_tokens = 0
-    for path, batch in _batches(output, "tokens", ["input_ids"]):
+    for path, batch in _batches(output, "tokens", ["input_ids", *(["loss_mask"] if is_masked else [])]):
         ids: Any = batch.column("input_ids")
         _check_ids(path, ids.flatten().to_numpy(), vocab_size)
         num_tokens += _sum(ids.value_lengths())
+        if is_masked and not batch.column("loss_mask").value_lengths().equals(ids.value_lengths()):
+            raise ValueError(f"{path}: loss_mask and input_ids differ in length")
     _check_counts(output, artifact, {"num_kept": _num_records(output, "tokens"), "num_tokens": num_tokens})
     if (output / "tokenizer").is_dir():
         _check_tokenizer(output / "tokenizer", artifact)

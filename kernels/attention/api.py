@@ -6,7 +6,8 @@ Shape legend: B batch, H query heads, G key/value heads, L query tokens, S key t
 from __future__ import annotations
 
 import math
-from typing import Literal
+import os
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch import Tensor
 from .plan import AttentionPlan
 
 QUERIES_OF_A_PIECE = 32
-Implementation = Literal["auto", "segmented", "tiled", "reference"]
+TRITON_DTYPES = (torch.bfloat16, torch.float16)
+TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
+Implementation = Literal["auto", "triton", "segmented", "tiled", "reference"]
 
 
 def sparse_attention(
@@ -35,12 +38,13 @@ def sparse_attention(
     fp32 (fp64 for fp64 input). A query that sees nothing gives out 0 and lse -inf. Gradients flow through both.
 
     `implementation`: "auto" is the fastest that suits; "segmented" runs dense attention on each piece of the plan;
-    "tiled" visits tiles, and takes any plan; "reference" builds the dense mask and is the definition. Raises ValueError
-    for an unknown one, one that cannot do the plan, or shapes that do not fit, saying which.
+    "tiled" visits tiles, and takes any plan; "triton" is the same in kernels, for GPUs; "reference" builds the dense
+    mask and is the definition. Raises ValueError for an unknown one, one that cannot do the plan, or shapes that do not
+    fit, saying which.
     """
     _check(q, k, v, plan)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    match _chosen(implementation, plan):
+    match _chosen(implementation, q, plan):
         case "segmented":
             from . import segmented
 
@@ -49,6 +53,8 @@ def sparse_attention(
             from . import tiled
 
             return tiled.attention(q, k, v, plan, scale)
+        case "triton":
+            return _triton(q).attention(q, k, v, plan, scale)
         case "reference":
             from . import reference
 
@@ -87,7 +93,7 @@ def sparse_attention_bwd(
                 f"{name} must be {list(shape)} in {dtype} to fit q, got {list(tensor.shape)} in {tensor.dtype}"
             )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    match _chosen(implementation, plan):
+    match _chosen(implementation, q, plan):
         case "segmented":
             from . import segmented
 
@@ -96,6 +102,8 @@ def sparse_attention_bwd(
             from . import tiled
 
             return tiled.attention_bwd(dout, q, k, v, out, lse, plan, scale)
+        case "triton":
+            return _triton(q).attention_bwd(dout, q, k, v, out, lse, plan, scale)
         case "reference":
             from . import reference
 
@@ -104,17 +112,32 @@ def sparse_attention_bwd(
             raise _unknown(implementation)
 
 
-def _chosen(implementation: Implementation, plan: AttentionPlan) -> Implementation:
-    """Pieces are worth their overhead where they are long on average."""
+def _chosen(implementation: Implementation, q: Tensor, plan: AttentionPlan) -> Implementation:
+    """On a GPU the kernels, for what they are built for; elsewhere pieces where they are long on average, or tiles."""
     if implementation != "auto":
         return implementation
+    if q.device.type == "cuda" and q.dtype in TRITON_DTYPES and q.shape[-1] in TRITON_HEAD_DIMS:
+        return "triton"
     if plan.blocks is None and plan.num_breaks() * QUERIES_OF_A_PIECE <= plan.lo.numel():
         return "segmented"
     return "tiled"
 
 
+def _triton(q: Tensor) -> Any:
+    """The module with the kernels. Raises ValueError where they cannot run."""
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"implementation triton needs a GPU, or TRITON_INTERPRET=1 for tests, but q is on {q.device}: use auto"
+        )
+    try:
+        from .on_triton import attention
+    except ImportError as error:
+        raise ValueError(f"implementation triton needs the package triton: {error}") from None
+    return attention
+
+
 def _unknown(implementation: str) -> ValueError:
-    return ValueError(f"implementation must be auto, segmented, tiled or reference, got {implementation!r}")
+    return ValueError(f"implementation must be one of {', '.join(get_args(Implementation))}, got {implementation!r}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:

@@ -28,9 +28,9 @@ from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.bins import RowPlan, best_fit, concatenate, first_fit
 from ropewalk.stages.data.row_batches import batches_of_rows, lay_rows
+from ropewalk.stages.data.row_files import UnitWriter
 from ropewalk.stages.data.units import (
     TokenUnit,
-    UnitWriter,
     finish_rows,
     load_left,
     load_tokenizer_info,

@@ -1,4 +1,4 @@
-"""Finished rows as arrays: what the planners' choices become, and the Arrow records that are written.
+"""Finished rows as arrays: what the planners' choices become.
 
 A row is the begin token, then pieces of documents, each document's end followed by the end token if there is room, then
 padding (end tokens that are no targets). So a row holds up to `row_tokens - 1` other tokens.
@@ -10,17 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ropewalk.stages.schema import AttentionPolicy, TokenizerInfo, rows_schema, stable_id
+from ropewalk.stages.schema import TokenizerInfo, stable_id
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
 
     from ropewalk.stages.data.bins import RowPlan
     from ropewalk.stages.data.rows import Corpus
 
-BATCH_TOKENS = 2**22
-"""Tokens of rows laid at a time: bounds memory."""
+BATCH_TOKENS = 2**20
+"""Tokens of rows laid at a time: bounds memory, and stays within the cache."""
 
 
 @dataclass(frozen=True)
@@ -58,35 +57,6 @@ class RowBatch:
         return [
             stable_id(method, seed, index, *parts[bounds[row] : bounds[row + 1]]) for row, index in enumerate(indices)
         ]
-
-    def to_arrow(self, corpus: Corpus, row_ids: Sequence[str], attention: AttentionPolicy) -> pa.RecordBatch:
-        """The rows in the schema of the Rows table, with `loss_mask`."""
-        import numpy as np
-        import pyarrow as pa
-
-        num_rows, row_tokens = self.input_ids.shape
-        schema = rows_schema(loss_mask=True)
-        segment_type = schema.field("segments").type.value_type
-        names = pa.array([corpus.doc_ids[document] for document in self.segment_documents.tolist()], pa.string())
-        starts = (self.segment_starts + corpus.starts[self.segment_documents]).astype(np.int64)
-        segments = pa.StructArray.from_arrays(
-            [
-                names,
-                pa.array(starts),
-                pa.array(self.segment_tokens.astype(np.int32)),
-                pa.array(self.segment_row_starts.astype(np.int32)),
-            ],
-            fields=list(segment_type),
-        )
-        ends = pa.array((np.arange(num_rows + 1) * row_tokens).astype(np.int32))
-        columns = {
-            "row_id": pa.array(row_ids, pa.string()),
-            "input_ids": pa.ListArray.from_arrays(ends, pa.array(self.input_ids.reshape(-1))),
-            "segments": pa.ListArray.from_arrays(pa.array(self.segment_offsets.astype(np.int32)), segments),
-            "attention": pa.array([attention] * num_rows, pa.string()),
-            "loss_mask": pa.ListArray.from_arrays(ends, pa.array(self.loss_mask.reshape(-1))),
-        }
-        return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
 def lay_rows(plan: RowPlan, corpus: Corpus, info: TokenizerInfo, row_tokens: int) -> RowBatch:

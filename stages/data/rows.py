@@ -1,44 +1,16 @@
-"""Rows being built: the layout that the packing stages share, and the account of every token.
-
-A row is the begin token, then pieces of documents, each document's end followed by the end token if there is room,
-then padding (end tokens that are no targets). So a row holds up to `row_tokens - 1` other tokens.
-Two sums are checked whenever rows are written:
-
-    num_tokens_in = num_tokens_kept + num_tokens_trimmed + every num_tokens_dropped_*
-    num_rows * row_tokens = num_tokens_kept + num_tokens_inserted + num_tokens_padding
-
-Random access to the tokens goes through a flat scratch file that is memory-mapped: memory is bounded by the document
-ids and the plan of the rows (some hundred bytes a document), not by the tokens.
-"""
+"""Token ids of documents, with random access, and the account of every token of the rows made from them."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ropewalk.stages.schema import (
-    Artifact,
-    AttentionPolicy,
-    TokenizerInfo,
-    iterate_table,
-    read_artifact,
-    rows_schema,
-    stable_id,
-    write_artifact,
-    write_table,
-)
+from ropewalk.stages.schema import TokenizerInfo, iterate_table, read_artifact
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from ropewalk.stages.context import Context, Output
-
-PROGRESS_ROWS = 256
-ROWS_PER_SHARD = 4096
 
 
 @dataclass(frozen=True)
@@ -78,7 +50,7 @@ class Corpus:
 
 
 def load_corpus(folder: Path, work: Path) -> tuple[Corpus, TokenizerInfo]:
-    """Read a Tokens artifact; its ids go to a scratch file in `work`, which is mapped.
+    """Read a Tokens artifact whole; its ids go to a scratch file in `work`, which is mapped.
 
     Raises ValueError if it has no tokenizer or no tokens, a document id occurs twice, or an id is out of range.
     """
@@ -110,131 +82,6 @@ def load_corpus(folder: Path, work: Path) -> tuple[Corpus, TokenizerInfo]:
     offsets = np.cumsum(np.concatenate(lengths))
     starts = np.zeros(len(doc_ids), np.int64)
     return Corpus(doc_ids, offsets, np.memmap(path, dtype="<i4", mode="r"), starts), info
-
-
-@dataclass(frozen=True)
-class Row:
-    """A finished row: its record in the Rows table, and how much of it is padding."""
-
-    record: dict[str, Any]
-    num_tokens_padding: int
-
-    @property
-    def num_tokens_kept(self) -> int:
-        """Tokens of documents."""
-        return sum(segment["num_tokens"] for segment in self.record["segments"])
-
-
-@dataclass
-class RowBuilder:
-    """Lays one row from left to right. Nothing is placed beyond its end; callers learn how much was."""
-
-    corpus: Corpus
-    info: TokenizerInfo
-    row_tokens: int
-    num_placed: int = 1
-    segments: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        import numpy as np
-
-        self.input_ids = np.full(self.row_tokens, self.info.eos_token_id, dtype=np.int32)
-        self.loss_mask = np.zeros(self.row_tokens, dtype=bool)
-        self.input_ids[0] = self.info.bos_token_id
-
-    @property
-    def room(self) -> int:
-        """Positions left."""
-        return self.row_tokens - self.num_placed
-
-    def place(self, document: int, start: int, num_tokens: int) -> int:
-        """Place a piece of a document, all targets. Returns how many tokens of it fitted."""
-        fitting = min(num_tokens, self.room)
-        if fitting > 0:
-            begin = self.num_placed
-            self._write(self.corpus.piece(document, start, fitting), target=True)
-            doc_id = self.corpus.doc_ids[document]
-            self.segments.append({"doc_id": doc_id, "start": start, "num_tokens": fitting, "row_start": begin})
-        return fitting
-
-    def insert(self, ids: Sequence[int], *, target: bool) -> None:
-        """Place tokens that are of no document, as far as there is room."""
-        self._write(ids[: self.room], target=target)
-
-    def separate(self) -> None:
-        """End a document: the end token, which the model learns to predict, if there is room."""
-        self.insert([self.info.eos_token_id], target=True)
-
-    def forget_target(self, position: int) -> None:
-        """Make one position no target; beyond the row it does nothing."""
-        if position < self.row_tokens:
-            self.loss_mask[position] = False
-
-    def finish(self, row_id: str, attention: AttentionPolicy) -> Row:
-        """The record; what room is left is padding."""
-        record = {
-            "row_id": row_id,
-            "input_ids": self.input_ids,
-            "segments": self.segments,
-            "attention": attention,
-            "loss_mask": self.loss_mask,
-        }
-        return Row(record, self.room)
-
-    def _write(self, ids: Any, *, target: bool) -> None:
-        end = self.num_placed + len(ids)
-        self.input_ids[self.num_placed : end] = ids
-        self.loss_mask[self.num_placed : end] = target
-        self.num_placed = end
-
-
-def make_row_id(method: str, seed: int, index: int, segments: Sequence[Mapping[str, Any]]) -> str:
-    """An id that differs between methods, seeds, rows and corpora."""
-    parts = [value for segment in segments for value in (segment["doc_id"], segment["start"], segment["num_tokens"])]
-    return stable_id(method, seed, index, *parts)
-
-
-def write_rows(
-    output: Output,
-    context: Context,
-    rows: Iterable[Row],
-    *,
-    info: TokenizerInfo,
-    row_tokens: int,
-    num_rows: int,
-    counts: dict[str, int],
-    details: Mapping[str, Any],
-) -> None:
-    """Write the Rows artifact, check its counts, report them, and leave the throughput in `observed/`.
-
-    `num_rows` is for progress. `counts` holds what came in and what was trimmed and dropped; it and `details` are
-    read after the last row, so that a generator of rows can still fill them in.
-    """
-    started = time.monotonic()
-    written = {"num_rows": 0, "num_tokens_kept": 0, "num_tokens_padding": 0}
-
-    def records() -> Iterator[dict[str, Any]]:
-        for row in rows:
-            written["num_rows"] += 1
-            written["num_tokens_kept"] += row.num_tokens_kept
-            written["num_tokens_padding"] += row.num_tokens_padding
-            if written["num_rows"] % PROGRESS_ROWS == 0:
-                context.progress(written["num_rows"], num_rows, "rows")
-            yield row.record
-
-    write_table(output.data, "rows", rows_schema(loss_mask=True), records(), shard_records=ROWS_PER_SHARD)
-    context.progress(written["num_rows"], num_rows, "rows")
-    kept, padding = written["num_tokens_kept"], written["num_tokens_padding"]
-    counts |= written | {"num_tokens_inserted": written["num_rows"] * row_tokens - kept - padding}
-    check_counts(counts)
-    write_artifact(
-        output.data,
-        Artifact(kind="rows", tokenizer=info, row_tokens=row_tokens, counts=dict(counts), details=dict(details)),
-    )
-    context.log({name: float(value) for name, value in counts.items()})
-    seconds = time.monotonic() - started
-    observed = {"seconds": seconds, "tokens_per_second": written["num_rows"] * row_tokens / max(seconds, 1e-9)}
-    (output.observed / "throughput.json").write_text(json.dumps(observed, indent=1) + "\n", encoding="utf-8")
 
 
 def check_counts(counts: Mapping[str, int]) -> None:

@@ -23,14 +23,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.stages.data.row_batches import RowBatch
+from ropewalk.stages.data.row_files import LEFT, pick_rows
 from ropewalk.stages.data.rows import Corpus, check_counts
 from ropewalk.stages.schema import (
     Artifact,
-    AttentionPolicy,
     TokenizerInfo,
     read_artifact,
-    rows_schema,
     seeded_rng,
     shard_paths,
     write_artifact,
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ropewalk.stages.context import Context, Output
-    from ropewalk.stages.data.bins import RowPlan
 
 SHARD_ROWS = 4096
 SHARD_TOKENS = 2**24
@@ -133,69 +130,6 @@ def corpus_of(table: pa.Table) -> Corpus:
     return Corpus(table.column("doc_id").to_pylist(), offsets, ids.flatten().to_numpy(), starts, targets)
 
 
-class UnitWriter:
-    """Writes the rows of one unit, and what it leaves, into its folder. A context manager."""
-
-    def __init__(self, folder: Path, row_tokens: int, attention: AttentionPolicy) -> None:
-        self.folder, self.row_tokens, self.attention = folder, row_tokens, attention
-        self.counts: dict[str, int] = dict.fromkeys(
-            ("num_rows", "num_tokens_kept", "num_tokens_padding", "num_tokens_left"), 0
-        )
-
-    def __enter__(self) -> UnitWriter:
-        import pyarrow as pa
-
-        self._writer = pa.ipc.new_file(str(self.folder / "rows.arrow"), _scratch_schema())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
-
-    def write(self, batch: RowBatch, corpus: Corpus, row_ids: Sequence[str]) -> None:
-        """Append rows."""
-        import pyarrow as pa
-
-        rows = batch.to_arrow(corpus, row_ids, self.attention)
-        columns = [*rows.columns, pa.array(batch.num_padding, pa.int64())]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_scratch_schema()))
-        self.counts["num_rows"] += batch.num_rows
-        self.counts["num_tokens_kept"] += int(batch.segment_tokens.sum())
-        self.counts["num_tokens_padding"] += int(batch.num_padding.sum())
-
-    def leave(self, plan: RowPlan, corpus: Corpus) -> None:
-        """Leave the pieces of these rows to the last unit. To be called at most once."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pieces = [
-            corpus.piece(document, start, length)
-            for document, start, length in zip(
-                plan.documents.tolist(), plan.starts.tolist(), plan.num_tokens.tolist(), strict=True
-            )
-        ]
-        columns: dict[str, Any] = {
-            "doc_id": pa.array([corpus.doc_ids[document] for document in plan.documents.tolist()], pa.string()),
-            "start": pa.array(plan.starts + corpus.starts[plan.documents], pa.int64()),
-            "input_ids": pa.array(pieces, pa.list_(pa.int32())),
-        }
-        if corpus.targets is not None:
-            masks = [
-                corpus.targets[begin : begin + length]
-                for begin, length in zip(
-                    (corpus.offsets[plan.documents] + plan.starts).tolist(), plan.num_tokens.tolist(), strict=True
-                )
-            ]
-            columns["loss_mask"] = pa.array(masks, pa.list_(pa.bool_()))
-        pq.write_table(pa.table(columns), self.folder / "left.parquet")
-        self.counts["num_tokens_left"] += int(plan.num_tokens.sum())
-
-
-def _scratch_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    return rows_schema(loss_mask=True).append(pa.field("num_padding", pa.int64(), nullable=False))
-
-
 def load_left(paths: Sequence[Path]) -> Corpus:
     """All that units have left. A document can occur more than once, with different starts."""
     import pyarrow as pa
@@ -221,7 +155,7 @@ def map_units(
         build_rest: The same for what was left (for `load_left`). It counts nothing as coming in.
     """
     shards = list(map_shards(context, build, units, label="units", unit="units of work"))
-    left = tuple(shard.folder / "left.parquet" for shard in shards if shard.counts["num_tokens_left"])
+    left = tuple(shard.folder / LEFT for shard in shards if shard.counts["num_tokens_left"])
     if left:
         shards += map_shards(context, build_rest, {REST: left}, label=REST, unit="last units")
     return shards
@@ -261,9 +195,7 @@ def finish_rows(
     if not ends[-1]:
         raise ValueError(f"{name} has no tokens to lay into rows: every document of slot tokens is empty")
     order = seeded_rng(seed, name, "rows").permutation(int(ends[-1]))[:num_rows]
-    written = _write_shuffled(
-        output, context, [shard.folder / "rows.arrow" for shard in shards], order, ends, row_tokens
-    )
+    written = _write_shuffled(output, context, [shard.folder for shard in shards], order, ends, row_tokens)
     left_over = counts.pop("num_tokens_left")
     in_rest = sum(shard.counts["num_tokens_left"] for shard in shards if shard.name == REST)
     if in_rest:
@@ -291,7 +223,7 @@ def finish_rows(
 def _write_shuffled(
     output: Output,
     context: Context,
-    paths: Sequence[Path],
+    folders: Sequence[Path],
     order: np.ndarray,
     ends: np.ndarray,
     row_tokens: int,
@@ -301,7 +233,7 @@ def _write_shuffled(
         f"rows-{number:05d}": (number, order[begin : begin + shard_rows])
         for number, begin in enumerate(range(0, len(order), shard_rows))
     }
-    write = partial(_write_picked, tuple(paths), ends)
+    write = partial(_write_picked, tuple(folders), ends, row_tokens)
     totals: Counter[str] = Counter()
     for shard in map_shards(context, write, items, label="shuffled", unit="shards of rows"):
         shard.link_into(output.data)
@@ -310,37 +242,12 @@ def _write_shuffled(
 
 
 def _write_picked(
-    paths: tuple[Path, ...], ends: np.ndarray, item: tuple[int, np.ndarray], folder: Path
+    folders: tuple[Path, ...], ends: np.ndarray, row_tokens: int, item: tuple[int, np.ndarray], folder: Path
 ) -> dict[str, int]:
     """Write one output shard: rows by their number over all units, in the order given."""
     number, wanted = item
-    rows = _pick(paths, ends, wanted)
-    write_shard(folder, "rows", number, rows.select(rows_schema(loss_mask=True).names))
+    rows, num_padding = pick_rows(folders, ends, wanted, row_tokens)
+    write_shard(folder, "rows", number, rows)
     segments: Any = rows.column("segments").combine_chunks()
-    return {
-        "num_tokens_kept": int(segments.flatten().field("num_tokens").to_numpy().sum()),
-        "num_tokens_padding": int(rows.column("num_padding").to_numpy().sum()),
-    }
-
-
-def _pick(paths: tuple[Path, ...], ends: np.ndarray, wanted: np.ndarray) -> pa.Table:
-    import numpy as np
-    import pyarrow as pa
-
-    units = np.searchsorted(ends, wanted, side="right") - 1
-    parts: list[pa.RecordBatch] = []
-    places: list[np.ndarray] = []
-    for unit in np.unique(units).tolist():
-        mine = np.flatnonzero(units == unit)
-        # Mapped, so that of a large file only the rows that are wanted are read.
-        with pa.memory_map(str(paths[unit])) as source, pa.ipc.open_file(source) as reader:
-            first = 0
-            for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number)
-                rows = wanted[mine] - ends[unit] - first
-                inside = (rows >= 0) & (rows < batch.num_rows)
-                if inside.any():
-                    parts.append(batch.take(pa.array(rows[inside])))
-                    places.append(mine[inside])
-                first += batch.num_rows
-    return pa.Table.from_batches(parts).combine_chunks().take(pa.array(np.argsort(np.concatenate(places))))
+    num_kept = int(segments.flatten().field("num_tokens").to_numpy().sum())
+    return {"num_tokens_kept": num_kept, "num_tokens_padding": num_padding}

@@ -45,9 +45,9 @@ from ropewalk.stages.data.bins import RowPlan, concatenate
 from ropewalk.stages.data.knot_rules import KnotRules, RowKind, added_tokens
 from ropewalk.stages.data.knots import Markers, body_lengths, draw_knots, lay_knots, make_markers, stream_key
 from ropewalk.stages.data.row_batches import batches_of_rows
+from ropewalk.stages.data.row_files import UnitWriter
 from ropewalk.stages.data.units import (
     TokenUnit,
-    UnitWriter,
     finish_rows,
     load_left,
     load_tokenizer_info,

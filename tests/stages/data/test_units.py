@@ -10,9 +10,9 @@ from row_invariants import assert_rows_are_sound, numbered_documents, tokenizer_
 from ropewalk.stages.context import LocalContext, Output
 from ropewalk.stages.data.bins import concatenate
 from ropewalk.stages.data.row_batches import lay_rows
+from ropewalk.stages.data.row_files import UnitWriter
 from ropewalk.stages.data.rows import Corpus
 from ropewalk.stages.data.units import (
-    UnitWriter,
     finish_rows,
     load_left,
     load_tokens,
