@@ -1,10 +1,8 @@
 """What holds for every Rows artifact, and small Tokens and Documents artifacts to make rows from."""
 
-import tempfile
 from pathlib import Path
 
 from ropewalk.stages.context import LocalContext, Output
-from ropewalk.stages.data.retrieve import Bm25Neighbours
 from ropewalk.stages.schema import (
     Artifact,
     TokenizerInfo,
@@ -54,12 +52,6 @@ def write_documents(folder, texts):
     write_table(folder, "documents", documents_schema(), rows)
     write_artifact(folder, Artifact(kind="documents"))
     return folder
-
-
-def candidate_lists(index, num_candidates):
-    """The neighbours of all documents, from lists made in this process."""
-    with tempfile.TemporaryDirectory() as work:
-        return Bm25Neighbours.build(index, num_candidates, LocalContext(Path(work)))
 
 
 def run_stage(stage, config, inputs, folder: Path, report=lambda event: None):
