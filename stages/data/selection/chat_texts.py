@@ -3,7 +3,8 @@
 Reads `chats`. Writes Documents, one shard a Chats shard. Which words stand for a chat is a choice of the method that
 reads the vectors: DEITA and Superfiltering.D embed all of them, SMART the prompts.
 
-Lost, and counted: chats without a message of the kind asked for (`num_dropped_no_text`). Memory: one shard a worker.
+Nothing is lost: a chat without such words becomes an empty document (`num_empty`), whose vector `embed` makes zero and
+the selecting stages drop. Memory: one shard a worker.
 """
 
 from __future__ import annotations
@@ -56,18 +57,13 @@ def _write_shard(config: ChatTextsConfig, shard: tuple[int, Path], folder: Path)
     import pyarrow.parquet as pq
 
     number, path = shard
-    records = []
-    rows = pq.read_table(path).to_pylist()
-    for row in rows:
-        text = text_of(config, row["messages"])
-        if text.strip():
-            records.append(_document(row, text))
+    records = [_document(row, text_of(config, row["messages"])) for row in pq.read_table(path).to_pylist()]
     write_shard(folder, "documents", number, pa.Table.from_pylist(records, schema=documents_schema()))
     return {
-        "num_in": len(rows),
+        "num_in": len(records),
         "num_kept": len(records),
         "num_kept_bytes": sum(record["num_bytes"] for record in records),
-        "num_dropped_no_text": len(rows) - len(records),
+        "num_empty": sum(not record["text"].strip() for record in records),
     }
 
 
@@ -89,7 +85,7 @@ def run(config: ChatTextsConfig, inputs: Mapping[str, Path], output: Output, con
     for shard in map_shards(context, partial(_write_shard, config), paths):
         counts.update(shard.counts)
         shard.link_into(output.data)
-    if not counts["num_kept"]:
+    if counts["num_empty"] == counts["num_in"]:
         raise ValueError(f"no chat of {inputs['chats']} has {config.words} to write")
     write_artifact(output.data, Artifact(kind="documents", counts=dict(counts)))
     context.log(dict(counts))

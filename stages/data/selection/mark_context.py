@@ -104,12 +104,14 @@ def run(config: MarkContextConfig, inputs: Mapping[str, Path], output: Output, c
     open_samples(inputs["chats"], "chats")
     turns = read_turns(inputs["scores"], config.threshold)
     counts = Counter(num_in=0, num_kept=0, num_unscored=0, num_marked_chats=0, num_marked_prompts=0)
-    for number, path in enumerate(shard_paths(inputs["chats"], "chats")):
+    paths = shard_paths(inputs["chats"], "chats")
+    for number, path in enumerate(paths):
         rows = pq.read_table(path).to_pylist()
         for row in rows:
             _mark(config, row, turns, counts)
         counts.update(num_in=len(rows), num_kept=len(rows))
         write_shard(output.data, "chats", number, pa.Table.from_pylist(rows, schema=chats_schema()))
+        context.progress(number + 1, len(paths), "shards")
     if turns:
         raise ValueError(f"slot scores has sample {min(turns)!r}, which slot chats lacks: it is of other chats")
     write_artifact(output.data, Artifact(kind="chats", counts=dict(counts)))

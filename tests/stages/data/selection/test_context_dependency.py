@@ -170,9 +170,10 @@ def test_the_words_of_a_chat_become_a_document(tmp_path, words, text):
     inputs = {"chats": write_chats(tmp_path / "chats", chats, {"x": "task"})}
     data = run_stage(chat_texts, ChatTextsConfig(words=words), inputs, tmp_path / "run")
     chat_texts.check(None, data)
-    [row] = read_table(data, "documents").to_pylist()
+    row, empty = read_table(data, "documents").to_pylist()
     assert row == {"doc_id": "x", "text": text, "source": "task", "num_bytes": len(text), "metadata": "{}"}
-    assert read_artifact(data).counts["num_dropped_no_text"] == 1
-    empty = {"chats": write_chats(tmp_path / "empty", {"y": turns("", "")})}
+    assert (empty["doc_id"], empty["text"].strip()) == ("y", "")
+    assert read_artifact(data).counts["num_empty"] == 1
+    inputs = {"chats": write_chats(tmp_path / "empty", {"y": turns("", "")})}
     with pytest.raises(ValueError, match=f"has {words} to write"):
-        run_stage(chat_texts, ChatTextsConfig(words=words), empty, tmp_path / "none")
+        run_stage(chat_texts, ChatTextsConfig(words=words), inputs, tmp_path / "none")

@@ -6,7 +6,10 @@ from row_invariants import run_stage, write_documents
 from selected_samples import kept_ids, turns, write_chats, write_score_table, write_vectors
 
 from ropewalk.stages.context import LocalContext, Output, is_class
-from ropewalk.stages.data.selection import diversify, represent, smart
+from ropewalk.stages.data.retrieval import embed
+from ropewalk.stages.data.retrieval.embed import EmbedConfig
+from ropewalk.stages.data.selection import chat_texts, diversify, represent, smart
+from ropewalk.stages.data.selection.chat_texts import ChatTextsConfig
 from ropewalk.stages.data.selection.diversify import DiversifyConfig
 from ropewalk.stages.data.selection.represent import RepresentConfig
 from ropewalk.stages.data.selection.smart import SmartConfig, capped_quotas, taylor_shares
@@ -217,6 +220,25 @@ def test_smart_takes_some_tasks_of_many(tmp_path):
     names, _, _ = tasks_by_hand(vectors, sources)
     assert {sources[name] for name in kept} <= set(names[:4])
     assert read_artifact(data).counts["num_dropped_task"] == 60
+
+
+def test_chats_are_embedded_and_selected(tmp_path):
+    topics = ["rope yarn hemp strand", "ship mast sail harbour", "bread oven flour yeast"]
+    chats = {f"s{n:02d}": turns(topics[n % 3], f"{topics[n % 3]} answer {n // 3}") for n in range(12)}
+    chats["silent"] = turns(" ", "")
+    samples = write_chats(tmp_path / "chats", chats, {name: f"t{n % 2}" for n, name in enumerate(chats)})
+    documents = run_stage(chat_texts, ChatTextsConfig(words="prompts"), {"chats": samples}, tmp_path / "texts")
+    config = EmbedConfig(encoder="hashed", num_dimensions=32)
+    vectors = run_stage(embed, config, {"documents": documents}, tmp_path / "embed")
+    scores = write_score_table(tmp_path / "scores", {name: float(n) for n, name in enumerate(chats)})
+    inputs = {"samples": samples, "vectors": vectors, "scores": scores}
+    data = run_stage(diversify, DiversifyConfig(), inputs, tmp_path / "diversify")
+    assert kept_ids(data) == ["s09", "s10", "s11"], "the best of each topic"
+    assert read_artifact(data).counts["num_dropped_zero_vector"] == 1
+    del inputs["scores"]
+    data = run_stage(smart, SmartConfig(num_samples=6), inputs, tmp_path / "smart")
+    topics_kept = {name: int(name[1:]) % 3 for name in kept_ids(data)}
+    assert set(topics_kept.values()) == {0, 1, 2}
 
 
 def test_smart_reads_documents(tmp_path):
