@@ -153,6 +153,13 @@ def test_duplicates_leave_one():
     assert distinct_order([units], 0.9, 1000) == ([0], 1000)
 
 
+def test_duplicates_of_thousands_of_kept_samples_are_found():
+    units = unit_vectors(np.random.default_rng(0).normal(size=(5000, 24)))[0]
+    again = np.random.default_rng(1).permutation(5000)
+    kept, walked = distinct_order([units[:2600], units[2600:], units[again]], 0.995, 6000)
+    assert kept == list(range(5000)) and walked == 10_000
+
+
 @SHORT
 @given(st.integers(1, 200), st.integers(1, 30))
 def test_parts_are_bounded_even_and_cover_all(size, limit):
