@@ -10,7 +10,8 @@ batch that was itself dropped. Equal scores are walked in the order of ids; the 
 Lost, and counted: samples without a score (the scoring stage dropped them), with a zero vector, too like a kept one,
 and those behind the last kept one (`num_dropped_after_quota`). Time: samples walked times samples kept times the
 dimensions, at some 1e10 multiplications a second on one core, so 300,000 samples of 384 dimensions walked for 6,000
-take about a minute. Memory: ids and scores of all samples, vectors of the kept; the others lie in scratch, two bytes a number.
+take about a minute. Memory: ids and scores of all samples, vectors of the kept; the others lie in scratch, two bytes a
+number.
 """
 
 from __future__ import annotations
