@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -180,7 +181,7 @@ def _corpus_frequencies(config: EmbedConfig, documents: Path, context: Context) 
         total += np.load(shard.folder / "frequencies.npy")
         num_documents += shard.counts["num_documents"]
     path = context.work / "inverse-frequencies.npy"
-    temporary = path.with_name(f"new-{path.name}")
+    temporary = path.with_name(f"{uuid.uuid4().hex}.npy")
     np.save(temporary, inverse_frequencies(total, num_documents))
     temporary.replace(path)
     return path

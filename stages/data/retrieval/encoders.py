@@ -52,6 +52,13 @@ def read_pooling(folder: Path) -> Pooling | None:
     return pooling
 
 
+def transformer_folder(folder: Path) -> Path:
+    """Where the model itself lies: old sentence-transformers folders have it one level down."""
+    listed = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
+    paths = [module["path"] for module in listed if str(module.get("type", "")).endswith("Transformer")]
+    return folder / paths[0] if paths else folder
+
+
 def _pooling_mode(path: Path) -> Pooling:
     """Newer folders name the mode, older ones have a switch for each."""
     found = _read_json(path)
@@ -84,6 +91,7 @@ class ModelEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         self.pooling: Pooling = pooling or read_pooling(folder) or "mean"
+        folder = transformer_folder(folder)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # There are as many workers as cores.
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

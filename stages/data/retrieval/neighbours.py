@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -145,7 +146,7 @@ def _train(
     sample = partial(sample_shard, sample_fraction(num_documents, number))
     sampled = list(map_shards(context, sample, shards, label="sample", unit="shards sampled"))
     path = context.work / "centroids.npy"
-    temporary = path.with_name(f"new-{path.name}")
+    temporary = path.with_name(f"{uuid.uuid4().hex}.npy")
     np.save(temporary, train_on_samples([shard.folder for shard in sampled], number, config.seed))
     temporary.replace(path)
     return path

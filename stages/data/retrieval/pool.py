@@ -113,7 +113,7 @@ def open_requery(
     if retriever == "dense":
         return DenseRequery(*read_vectors(folder, cluster), tie_order(doc_ids), num_probes)
     if retriever == "bm25":
-        return Bm25Requery(read_bags(folder, cluster), tie_order(doc_ids), details["max_query_terms"])
+        return Bm25Requery(read_bags(folder, cluster), tie_order(doc_ids), details.get("max_query_terms"))
     if retriever == "tree":
         return TreeRequery(doc_ids)
     raise ValueError(f"{folder / 'artifact.json'}: details.retriever {retriever!r} is none of bm25, dense, tree")

@@ -191,6 +191,15 @@ def test_scores_do_not_depend_on_the_place_of_a_document():
         assert one.scores[query].tolist() == other.scores[199 - query].tolist()
 
 
+def test_fine_lists_do_not_depend_on_the_order_of_the_corpus():
+    vectors, ids = unit_vectors(clustered(500)), shuffled_ids(500)
+    turned = np.random.default_rng(3).permutation(500)
+    lists = fine_lists(vectors, tie_order(ids), seed=0)
+    others = fine_lists(vectors[turned], tie_order([ids[number] for number in turned]), seed=0)
+    assert lists.max() > 15
+    assert lists[turned].tolist() == others.tolist()
+
+
 def test_auto_chooses_the_index_by_size_and_small_clusters_are_always_exact():
     sizes = (1, 1023, 1024, 16_384, 16_385, 1_000_000, 1_000_001)
     assert [choose_index(n, "auto") for n in sizes] == ["exact"] * 4 + ["ivf", "ivf", "ivfpq"]

@@ -108,6 +108,18 @@ def test_other_number_types_give_nearly_the_same_vectors(tmp_path, tiny_encoder)
     assert 1e-3 < max(differences) < 3e-2
 
 
+def test_an_old_folder_has_its_model_one_level_down(tmp_path, tiny_encoder):
+    old = tmp_path / "old"
+    shutil.copytree(tiny_encoder, old / "0_Transformer")
+    (old / "1_Pooling").mkdir()
+    modules = [{"type": "m.Transformer", "path": "0_Transformer"}, {"type": "m.Pooling", "path": "1_Pooling"}]
+    (old / "modules.json").write_text(json.dumps(modules))
+    (old / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    found = vectors_of(run(tmp_path, EmbedConfig(), SENTENCES, "old-out", old))
+    plain = vectors_of(run(tmp_path, EmbedConfig(pooling="cls"), SENTENCES, "plain", tiny_encoder))
+    assert found["s/rope"].tolist() == plain["s/rope"].tolist()
+
+
 def test_max_tokens_cuts_what_a_model_reads(tmp_path, tiny_encoder):
     words = SENTENCES["s/rope"].split()
     texts = {"s/a": " ".join(words), "s/b": " ".join(words[:6]) + " entirely other words here", "s/c": "rope"}
@@ -215,6 +227,13 @@ def test_cosines_of_hashed_vectors_are_those_of_tf_idf(tmp_path):
     assert abs(errors.mean()) < 0.01
     assert errors.std() < 1.2 / 1024**0.5
     assert np.corrcoef((vectors @ vectors.T)[0, 1:], (exact @ exact.T)[0, 1:])[0, 1] > 0.9
+
+
+def test_terms_that_share_a_feature_do_not_make_documents_alike(tmp_path):
+    texts = {f"s/{number:03d}": " ".join(f"d{number}w{word}" for word in range(50)) for number in range(40)}
+    output = run(tmp_path, EmbedConfig(encoder="hashed", num_buckets=100), texts)
+    vectors = np.array(list(vectors_of(output).values()))
+    assert abs((vectors @ vectors.T)[np.triu_indices(40, 1)].mean()) < 0.05
 
 
 def test_hashed_vectors_do_not_depend_on_the_order_or_the_shards_of_the_corpus(tmp_path):
