@@ -16,9 +16,6 @@ from ropewalk.kernels.attention import (
     sliding_window,
 )
 
-STARTS = [[0, 1, 40, 41, 100, 150], [0, 1, 77]]
-ROW = 183
-
 
 def random_blocks(batch, plan_heads, row_tokens, seed, density=0.4, block_tokens=32):
     generator = torch.Generator().manual_seed(seed)
@@ -33,18 +30,26 @@ def with_sinks(plan, num_sinks):
     return AttentionPlan(plan.lo, plan.hi, torch.zeros_like(plan.lo), ghi, plan.k_tokens, plan.blocks)
 
 
-LISTED = block_lists(random_blocks(2, 2, ROW, 0), STARTS, ROW)
-PLANS = {
-    "causal": causal(2, ROW),
-    "after a cache": causal(1, 40, ROW),
-    "documents": document(STARTS, ROW),
-    "anchor": anchor(STARTS, ROW),
-    "window": sliding_window(STARTS, ROW, window_tokens=37),
-    "window with sinks": sliding_window([[0], [0]], ROW, window_tokens=20, num_sinks=5),
-    "shifted groups": shifted_groups(STARTS, ROW, group_tokens=48),
-    "sinks and shifted groups": sink_shifted_groups(STARTS, ROW, group_tokens=48, num_sinks=3),
-    "shared prefix": shared_prefix([[[0, 30, 60, 61], [100, 120]], [[0, 100, 140]]], ROW),
-    "block lists": LISTED,
-    "block lists with sinks": with_sinks(LISTED, 20),
-    "unrelated intervals": random_plan(2, 75, 90, seed=3, plan_heads=2),
-}
+def small_plans(row_tokens: int, num_plans_heads: int = 2) -> dict[str, AttentionPlan]:
+    """Every pattern over rows of packed documents, of one token too; at least 62 tokens."""
+    third = row_tokens // 3
+    starts = [[0, 1, third, third + 1, 2 * third], [0, 1, row_tokens // 2]]
+    listed = block_lists(random_blocks(2, num_plans_heads, row_tokens, 0), starts, row_tokens)
+    groups = [[[0, 15, third, third + 1], [2 * third, 2 * third + 9]], [[0, third, 2 * third]]]
+    return {
+        "causal": causal(2, row_tokens),
+        "after a cache": causal(1, third, row_tokens),
+        "documents": document(starts, row_tokens),
+        "anchor": anchor(starts, row_tokens),
+        "window": sliding_window(starts, row_tokens, window_tokens=37),
+        "window with sinks": sliding_window([[0], [0]], row_tokens, window_tokens=20, num_sinks=5),
+        "shifted groups": shifted_groups(starts, row_tokens, group_tokens=48),
+        "sinks and shifted groups": sink_shifted_groups(starts, row_tokens, group_tokens=48, num_sinks=3),
+        "shared prefix": shared_prefix(groups, row_tokens),
+        "block lists": listed,
+        "block lists with sinks": with_sinks(listed, 20),
+        "unrelated intervals": random_plan(2, third, row_tokens // 2, seed=3, plan_heads=2),
+    }
+
+
+PLANS = small_plans(183)

@@ -90,12 +90,29 @@ def all_stages():
 def test_every_stage_names_the_check_of_its_kind():
     checked = {name: stage.check.__name__ for name, stage in all_stages().items()}
     kinds = {
-        "check_documents": ["ingest"],
-        "check_tokens": ["encode", "split"],
-        "check_rows": ["pack", "mix", "plant", "splice", "utk"],
+        "check_documents": ["ingest", "deduplicate", "filter_documents", "chunk", "chat_texts"],
+        "check_tokens": ["encode", "split", "upsample"],
+        "check_vectors": ["embed"],
+        "check_neighbours": ["neighbours"],
+        "check_rows": ["pack", "mix", "plant", "splice", "utk", "document_walk", "nextlong", "quest"],
+        "check_scores": ["deita", "gateau", "ifd", "ladm", "long_attn", "perplexity_gap"],
+        "check_samples": ["diversify", "mark_context", "represent", "smart"],
+        "check_chats": ["agent_write", "chats", "long_questions", "mosaic", "p_mix", "retrieval_augmented"],
+        "check_preferences": ["short_to_long"],
         "check_checkpoint": ["train"],
         "check_predictions": ["evaluate"],
         "check_report": ["report"],
+        # Of their own: several kinds, or a kind that only they write.
+        "check": [
+            "chat_tokens",
+            "compare_rows",
+            "context_dependency",
+            "decontaminate",
+            "describe",
+            "export",
+            "information_gain",
+            "select",
+        ],
     }
     assert checked == {stage: check for check, stages in kinds.items() for stage in stages}
 

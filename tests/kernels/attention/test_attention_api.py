@@ -58,9 +58,9 @@ def test_backward_names_what_does_not_fit():
 @pytest.mark.parametrize("implementation", ["flash", ""])
 def test_an_unknown_implementation_is_refused_not_replaced(implementation):
     q, k, v = shaped()
-    with pytest.raises(ValueError, match="implementation must be one of auto, triton, .*, reference, got '"):
+    with pytest.raises(ValueError, match=r"implementation must be one of auto, triton, .*, reference, got '"):
         sparse_attention(q, k, v, PLAN, implementation=implementation)
-    with pytest.raises(ValueError, match="implementation must be one of auto, triton, .*, reference, got '"):
+    with pytest.raises(ValueError, match=r"implementation must be one of auto, triton, .*, reference, got '"):
         sparse_attention_bwd(q, q, k, v, q, torch.zeros(2, 4, 5), PLAN, implementation=implementation)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_plans import LISTED, PLANS, random_blocks, with_sinks
+from attention_plans import PLANS, random_blocks, with_sinks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import random_plan
@@ -116,7 +116,7 @@ def test_tile_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="query_tile must be a power of two, 16 or more, got 24"):
         causal(1, 64).tiles(24, 16)
     with pytest.raises(ValueError, match="key_tile 64 is larger than the plan's blocks of 32"):
-        LISTED.tiles(32, 64)
+        PLANS["block lists"].tiles(32, 64)
 
 
 def test_tiles_are_worked_out_once():

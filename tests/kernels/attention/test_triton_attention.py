@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from attention_plans import PLANS
+from attention_plans import small_plans
 from numerics import assert_within_budget, attention_inputs, plain_attention
 
 from ropewalk.kernels.attention import causal, sliding_window, sparse_attention, sparse_attention_bwd
@@ -16,7 +16,8 @@ from ropewalk.kernels.attention.on_triton import sizes
 from ropewalk.kernels.attention.on_triton.sizes import AttentionSizes, KernelSizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = AttentionSizes(KernelSizes(32, 16, 4, 1), KernelSizes(16, 32, 4, 1), KernelSizes(32, 16, 4, 1))
+PLANS = small_plans(700 if DEVICE == "cuda" else 65)  # The interpreter takes a millisecond for each operation.
+SMALL = AttentionSizes(KernelSizes(32, 16, 4, 1), KernelSizes(16, 32, 4, 1), KernelSizes(32, 32, 4, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,8 @@ def gradients(q, k, v, plan, dout, implementation):
 
 def check(plan, **shape):
     plan = plan.to(DEVICE)
-    q, k, v, dout = attention_inputs(plan, **{"num_heads": 4, "head_dim": 64, "dtype": torch.float32} | shape)
+    shape = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 64, "dtype": torch.float32} | shape
+    q, k, v, dout = attention_inputs(plan, **shape)
     exact = gradients(q.double(), k.double(), v.double(), plan, dout.double(), "reference")
     sees = plan.visible().any(dim=-1).repeat_interleave(q.shape[1] // plan.plan_heads, dim=1)
     plain_out, plain_lse = plain_attention(q, k, v, plan.visible() | ~plan.visible().any(dim=-1, keepdim=True))
@@ -46,25 +48,24 @@ def check(plan, **shape):
         assert_within_budget(name, fast, plain, right)
 
 
-@pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_out_lse_and_gradients_keep_the_error_budget(plan, num_kv_heads):
-    check(plan, num_kv_heads=num_kv_heads)
+def test_out_lse_and_gradients_keep_the_error_budget(plan):
+    check(plan, num_kv_heads=2)
 
 
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
 def test_every_head_dim_keeps_the_error_budget(head_dim):
-    check(sliding_window([[0, 20]], 45, window_tokens=17, num_sinks=2), head_dim=head_dim, num_heads=2)
+    check(sliding_window([[0, 20]], 37, window_tokens=17, num_sinks=2), head_dim=head_dim, num_heads=1, num_kv_heads=1)
 
 
 @pytest.mark.parametrize("row_tokens", [1, 15, 16, 17, 33])
 def test_odd_lengths_keep_the_error_budget(row_tokens):
-    check(causal(2, row_tokens), num_heads=2)
+    check(causal(1, row_tokens), num_heads=2, num_kv_heads=2)
 
 
-@pytest.mark.parametrize("magnitude", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize("magnitude", [4.0, 16.0])
 def test_gradients_stay_exact_for_large_scores(magnitude):
-    check(PLANS["anchor"], score_magnitude=magnitude)
+    check(PLANS["anchor"], score_magnitude=magnitude, num_heads=2, num_kv_heads=1)
 
 
 def test_queries_that_see_nothing_give_zeros():
@@ -111,7 +112,7 @@ def test_gradients_flow_through_lse_and_the_backward_alone_agrees():
 
 def test_inputs_need_not_be_contiguous():
     plan = PLANS["documents"].to(DEVICE)
-    q, k, v, dout = attention_inputs(plan, num_heads=4, head_dim=64, dtype=torch.float32)
+    q, k, v, _ = attention_inputs(plan, num_heads=4, head_dim=64, dtype=torch.float32)
     strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     assert not strided[0].is_contiguous()
     assert torch.equal(
