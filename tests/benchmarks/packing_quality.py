@@ -3,9 +3,11 @@
     python tests/benchmarks/packing_quality.py --output measurements.json
     python tests/benchmarks/packing_quality.py --only synthetic --documents 10000
 
-Parts: synthetic (Gaussian clusters of 64 dimensions, log-normal lengths with a mean of about 900 tokens, rows of 32,768
-tokens), sources (the standard library's files, by hashed and by MiniLM vectors; four bytes are taken for a token), walk
-(the lists alone, a million documents: no query ever finds more).
+Parts: synthetic (Gaussian topics in 64 dimensions, log-normal lengths with a mean of about 900 tokens, rows of 32,768
+tokens; topics broad and of very uneven sizes, like those of shared/specs/data.md 7.1: two random documents are of one
+topic 13 times in 100), scattered (the same, but topics of about 30 documents that have nothing to do with each other,
+so that k-means into far fewer clusters has nothing to go by), sources (the standard library's files, by hashed and by
+MiniLM vectors; four bytes are taken for a token), walk (the lists alone, a million documents: no query finds more).
 
 The oracle takes the nearest unused document at every step, by brute force over all vectors. It shares no code with the
 walk but follows the same rules: random roots, rows cut, rests put back. Means are over all documents that follow each
@@ -45,7 +47,8 @@ CAPACITY = 32_767
 MIN_REMAINDER = 32
 DIMENSIONS = 64
 PER_TOPIC = 30
-SPREAD = 0.65  # Cosine of two documents of a topic: about 1 / (1 + SPREAD^2) = 0.7.
+# Documents of a topic have a mean cosine of 1 / (1 + spread^2); sizes fall with this power of the topic's rank.
+CORPORA = {"synthetic": {"spread": 1.17, "zipf": 1.4}, "scattered": {"spread": 0.65, "zipf": 0.0}}
 NUM_LISTED = 32
 NUM_CLUSTERS = 256
 WALK_DOCUMENTS = 1_000_000
@@ -81,8 +84,8 @@ def show(title: str, found: dict[str, dict[str, Any]]) -> None:
 
 
 def measure_synthetic(folder: Path, num_documents: int) -> dict[str, Any]:
-    """One cluster, many clusters, other ways to go on, and the oracle."""
-    vectors, lengths = synthetic_corpus(num_documents)
+    """One cluster, many clusters, other ways to go on, and the oracle. The folder's name says which corpus."""
+    vectors, lengths = synthetic_corpus(num_documents, **CORPORA[folder.name])
     write_vectors(folder / "vectors", vectors)
     progress("oracle")
     spent, oracle = timed(lambda: oracle_pairs(vectors, lengths))
@@ -203,15 +206,15 @@ def random_lengths(rng: np.random.Generator, num_documents: int) -> np.ndarray:
     return np.maximum(1, rng.lognormal(6.3, 1.0, size=num_documents)).astype(np.int64)
 
 
-def synthetic_corpus(num_documents: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors (float32 `[n, 64]`) of documents in topics of uneven sizes, in random order; and lengths."""
+def synthetic_corpus(num_documents: int, spread: float, zipf: float) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors (float32 `[n, 64]`) of documents in topics, in random order; and lengths."""
     rng = np.random.default_rng(1)
     num_topics = max(1, num_documents // PER_TOPIC)
-    shares = rng.lognormal(0, 0.5, size=num_topics)
+    shares = np.arange(1, num_topics + 1) ** -zipf
     topics = rng.choice(num_topics, size=num_documents, p=shares / shares.sum())
     centres = rng.normal(size=(num_topics, DIMENSIONS))
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-    vectors = centres[topics] + SPREAD / np.sqrt(DIMENSIONS) * rng.normal(size=(num_documents, DIMENSIONS))
+    vectors = centres[topics] + spread / np.sqrt(DIMENSIONS) * rng.normal(size=(num_documents, DIMENSIONS))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors.astype(np.float32), random_lengths(rng, num_documents)
 
@@ -319,7 +322,12 @@ def run(stage: Any, config: Any, inputs: dict[str, Path], folder: Path) -> Path:
     return output.data
 
 
-PARTS = {"synthetic": measure_synthetic, "sources": measure_sources, "walk": measure_walk}
+PARTS = {
+    "synthetic": measure_synthetic,
+    "scattered": measure_synthetic,
+    "sources": measure_sources,
+    "walk": measure_walk,
+}
 
 
 if __name__ == "__main__":
