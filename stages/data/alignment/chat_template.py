@@ -201,11 +201,8 @@ class _Guard:
 
     def __call__(self, text: str) -> tuple[str, int]:
         """The text without whole spellings, and how many there were."""
-        total = 0
-        # Tokens that overlap ("<s>" and ">x") need a second look once the first is broken up.
-        while self._found.search(text):
-            text, count = self._found.subn(lambda found: _BREAK.join([*found[0], ""]), text)
-            total += count
+        # A break behind the last character, too: of tokens that overlap, neither is left whole.
+        text, total = self._found.subn(lambda found: _BREAK.join([*found[0], ""]), text)
         return self._guard_ends(text), total
 
     def _guard_ends(self, text: str) -> str:

@@ -137,6 +137,26 @@ def metaspace():
     )  # fmt: skip
 
 
+def prefixed():
+    """Like Llama 2: a space is put before every piece of text between control tokens by the normalizer."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Replace("\u2581", " ")
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    # No pre-tokenizer: merges may cross words, so train on words.
+    words = [*TEXT.split(), *(chr(code) for code in range(32, 127)), "\n"]
+    tokenizer.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=260, special_tokens=special, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+
+
 def word_piece():
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -155,7 +175,7 @@ def word_piece():
 
 @pytest.fixture(scope="session")
 def tokenizers_by_kind():
-    return {"byte_level": byte_level(), "metaspace": metaspace(), "word_piece": word_piece()}
+    return {"byte_level": byte_level(), "metaspace": metaspace(), "prefixed": prefixed(), "word_piece": word_piece()}
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 import json
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 from pydantic import ValidationError
@@ -108,3 +111,40 @@ def test_prompts_must_show_what_they_are_for():
         AgentWriteConfig(write_prompt="{instruction} {plan} {step}")
     with pytest.raises(ValidationError, match="max_words 1 is below min_words"):
         AgentWriteConfig(max_words=1)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from ropewalk.stages.context import LocalContext, Output
+from ropewalk.stages.data.alignment import agent_write
+root = Path(sys.argv[1])
+output = Output(root / sys.argv[2] / "data", root / sys.argv[2] / "observed")
+for folder in (output.data, output.observed):
+    folder.mkdir(parents=True)
+config = agent_write.AgentWriteConfig(generation={"model": "writer"})
+agent_write.run(config, {"chats": root / "chats"}, output, LocalContext(root / "work"))
+"""
+
+
+def test_a_killed_process_has_lost_at_most_the_calls_in_flight(tmp_path, write_chats, server, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_CALL_CACHE", "off")
+    monkeypatch.setenv("ROPEWALK_CHAT_THREADS", "2")
+    write_chats({f"c{number}": [user(f"essay {number}")] for number in range(8)})
+    child = None
+
+    def deadly(messages):
+        if server.num_requests >= 12:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+        return writer(messages)
+
+    server.answer = deadly
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), "killed"])
+    assert child.wait() == -signal.SIGKILL
+    server.answer = writer
+    subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), "again"], check=True)
+    assert len(read_table(tmp_path / "again" / "data", "chats")) == 8
+    bodies = [json.dumps(body, sort_keys=True) for body in server.bodies]
+    assert len(set(bodies)) == 8 * 3
+    assert 0 < len(bodies) - len(set(bodies)) <= 2

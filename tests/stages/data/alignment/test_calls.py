@@ -17,7 +17,7 @@ from ropewalk.stages.data.alignment.calls import (
 )
 from ropewalk.stages.data.alignment.conversations import user
 from ropewalk.stages.data.alignment.endpoint import CallFailedError, Completion
-from ropewalk.stages.data.alignment.generation import DroppedError, SampleWriter, generate
+from ropewalk.stages.data.alignment.generation import DroppedError, SampleWriter, generate, make_samples
 from ropewalk.stages.schema import chats_schema, read_table, write_table
 
 GENERATION = GenerationConfig(model="m", max_new_tokens=9)
@@ -280,3 +280,14 @@ def test_a_failing_step_does_not_wait_for_long_patience(run, server, monkeypatch
     with pytest.raises(ValueError, match="answers 401"):
         run(list(range(2)), name="impatient", function=lambda sample, ask: make(sample, ask))
     assert time.perf_counter() - started < 30
+
+
+def test_samples_are_read_as_they_are_needed(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_CHAT_THREADS", "2")
+    read = []
+    samples = (read.append(number) or number for number in range(100))
+    made = make_samples(samples, make, caller_for(tmp_path))
+    assert next(made).record["sample_id"] == "0"
+    assert len(read) <= 2 * 2 + 1
+    made.close()
+    assert server.num_requests <= 2 * 5 + 2

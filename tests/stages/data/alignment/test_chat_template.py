@@ -30,7 +30,7 @@ FORGETFUL = (
     "{{ m.content.split('!')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-KINDS = ("byte_level", "metaspace", "word_piece")
+KINDS = ("byte_level", "metaspace", "prefixed", "word_piece")
 WORDS = st.lists(st.sampled_from(["the rope", " who", "are\n", "  ", "you?", "é日", "Don't", "i", "\n\n"]), min_size=1)
 TEXTS = WORDS.map("".join).filter(str.strip)
 ATTACKS = st.lists(

@@ -127,3 +127,21 @@ def test_the_check_finds_what_is_wrong(run):
     write_shard(folder, "tokens", 0, pa.Table.from_pylist(rows[:3], schema=table.schema))
     with pytest.raises(ValueError, match="has no target"):
         chat_tokens.check(CONFIG, folder)
+
+
+def test_rows_of_chats_learn_what_the_chats_learn(run, tmp_path):
+    from ropewalk.stages.data import pack
+
+    folder = run(CONFIG, CHATS)
+    rows = run_stage(pack, pack.PackConfig(row_tokens=128), {"tokens": folder}, tmp_path / "rows")
+    tokens = {row["doc_id"]: row for row in read_table(folder, "tokens").to_pylist()}
+    placed = set()
+    for row in read_table(rows, "rows").to_pylist():
+        assert row["attention"] == "document"
+        for segment in row["segments"]:
+            begin, end = segment["row_start"], segment["row_start"] + segment["num_tokens"]
+            chat = tokens[segment["doc_id"]]
+            assert row["input_ids"][begin:end] == chat["input_ids"]
+            assert row["loss_mask"][begin:end] == chat["loss_mask"]
+            placed.add(segment["doc_id"])
+    assert placed == set(CHATS)

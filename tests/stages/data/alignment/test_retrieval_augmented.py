@@ -158,6 +158,13 @@ def test_too_few_hits_are_filled_up_by_chance(run):
     assert metadata == again != other
 
 
+def test_no_passage_is_shown_twice(run):
+    chats = {"q": ([user("the priority queue heapq"), assistant("x")], {})}
+    _, metadata, counts = run({"num_passages": 50}, chats)
+    assert sorted(metadata[0]["passages"]) == sorted(PASSAGES)
+    assert 0 < counts["num_passages_random"] < len(PASSAGES)
+
+
 def test_every_drop_is_counted(run):
     chat = [user("json"), assistant("x")]
     chats = {
