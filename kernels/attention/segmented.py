@@ -34,10 +34,9 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), each summed over the pieces in fp32 or better; `out` and `lse` may be merged ones."""
-    heads, shapes = q.shape[1], (q.shape, k.shape)
-    folded = (fold(x, plan.plan_heads, heads) for x in (dout, q, k, v, out, lse))
-    dq, dk, dv = _backward(*folded, plan, scale)
-    return dq.reshape(shapes[0]), unfold(dk, shapes[1]), unfold(dv, shapes[1])
+    dout_, q_, k_, v_, out_, lse_ = (fold(x, plan.plan_heads, q.shape[1]) for x in (dout, q, k, v, out, lse))
+    dq, dk, dv = _backward(dout_, q_, k_, v_, out_, lse_, plan, scale)
+    return dq.reshape(q.shape), unfold(dk, k.shape), unfold(dv, v.shape)
 
 
 def _backward(

@@ -51,8 +51,8 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), each summed over the tiles in fp32 or better; `out` and `lse` may be merged ones."""
-    folded = (fold(x, plan.plan_heads, q.shape[1]) for x in (dout, q, k, v, out, lse))
-    dq, dk, dv = _backward(*folded, None, plan, scale)
+    dout_, q_, k_, v_, out_, lse_ = (fold(x, plan.plan_heads, q.shape[1]) for x in (dout, q, k, v, out, lse))
+    dq, dk, dv = _backward(dout_, q_, k_, v_, out_, lse_, None, plan, scale)
     return dq.reshape(q.shape), unfold(dk, k.shape), unfold(dv, v.shape)
 
 

@@ -50,9 +50,10 @@ class RowBatch:
 
     def row_ids(self, method: str, seed: int, indices: Sequence[int], corpus: Corpus) -> list[str]:
         """An id for each row that differs between methods, seeds, indices and corpora."""
-        names = [corpus.doc_ids[document] for document in self.segment_documents.tolist()]
+        names: list[str] = [corpus.doc_ids[int(document)] for document in self.segment_documents]
         starts = (self.segment_starts + corpus.starts[self.segment_documents]).tolist()
-        parts = [value for piece in zip(names, starts, self.segment_tokens.tolist(), strict=True) for value in piece]
+        pieces = zip(names, starts, self.segment_tokens.tolist(), strict=True)
+        parts: list[str | int] = [value for piece in pieces for value in piece]
         bounds = (3 * self.segment_offsets).tolist()
         return [
             stable_id(method, seed, index, *parts[bounds[row] : bounds[row + 1]]) for row, index in enumerate(indices)

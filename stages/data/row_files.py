@@ -32,7 +32,8 @@ class UnitWriter:
     """Writes the rows of one unit, and what it leaves, into its folder. A context manager."""
 
     def __init__(self, folder: Path, row_tokens: int, attention: AttentionPolicy) -> None:
-        self.folder, self.row_tokens, self.attention = folder, row_tokens, attention
+        self.folder, self.row_tokens = folder, row_tokens
+        self.attention: AttentionPolicy = attention
         self.counts: dict[str, int] = dict.fromkeys(
             ("num_rows", "num_tokens_kept", "num_tokens_padding", "num_tokens_left"), 0
         )

@@ -13,6 +13,8 @@ key tiles, D head dim.
 
 from __future__ import annotations
 
+# The language is not the one that its types describe: constants are constexpr, static_range is iterated.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 
@@ -85,7 +87,7 @@ def attention_backward_keys(
     num_query_tiles, num_key_tiles, D: tl.constexpr, D_PADDED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     HAS_LISTS: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [B, G, S, D], contiguous, of one tile of keys, or the part of them that one chunk of its queries adds."""
+    """dk and dv [B, G, S, D], contiguous, of one tile of keys, or what one chunk of its queries adds to them."""
     program = tl.program_id(0)
     kv_head = program % kv_heads
     item = items + (program // kv_heads) * 4

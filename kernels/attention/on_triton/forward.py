@@ -9,6 +9,8 @@ Shape legend: B batch, P plan heads, H query heads, G key/value heads, L query t
 
 from __future__ import annotations
 
+# The language is not the one that its types describe: constants are constexpr, static_range is iterated.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 
@@ -49,11 +51,10 @@ def forward_step(
         visible = is_visible(keys[None, :], listed, lo[:, None], hi[:, None], glo[:, None], ghi[:, None])
         scores_mn = tl.where(visible, scores_mn, -float("inf"))
     new_highest = tl.maximum(highest, tl.max(scores_mn, 1))
+    finite = new_highest
     if MASKED:
         # A query that has seen nothing yet: -inf minus -inf would be NaN.
         finite = tl.where(new_highest == -float("inf"), 0.0, new_highest)
-    else:
-        finite = new_highest
     weights_mn = tl.exp2(scores_mn - finite[:, None])
     kept = tl.exp2(highest - finite)
     v_nd = load_tile(v, stride_v, keys, k_tokens, D, D_PADDED, not MASKED)

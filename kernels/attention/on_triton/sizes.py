@@ -1,6 +1,6 @@
-"""Tile sizes of each kernel: what compiles for Hopper without spilling registers, and what plans with blocks allow.
+"""Tile sizes of each kernel: what compiles for Hopper without spilling, and what plans with blocks allow.
 
-The sizes for head dims up to 128 are those that Triton 3.6 and 3.9 compile for sm_90 with no spill and within 227 KiB of
+The sizes for head dims up to 128 are those that Triton 3.9 compiles for sm_90 with no spill and within 227 KiB of
 shared memory (`tests/kernels/attention/test_triton_compiles.py`); which of them are fastest is unmeasured.
 
 Shape legend: M queries of a tile, N keys of a tile.

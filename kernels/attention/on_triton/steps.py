@@ -1,14 +1,16 @@
 """What one tile of queries and one tile of keys do to each other; shared by all kernels here.
 
-Scores are worked in the base of 2: `scale_log2` is the scale times log2(e), applied after the product, in fp32. (Scaling
-bf16 keys instead passes at unit scores and ruins dQ at 16 times as much: hao-ai-lab/FastVideo,
-test_vsa_triton_backward_scale.py.) Products take operands in the dtype of the inputs and add in fp32.
+Scores are worked in the base of 2: `scale_log2` is the scale times log2(e), applied after the product, in fp32. To
+scale bf16 keys instead passes at unit scores and ruins dQ at 16 times as much (hao-ai-lab/FastVideo:
+test_vsa_triton_backward_scale.py). Products take operands in the dtype of the inputs and add in fp32.
 
 Shape legend: m queries of a tile, n keys of a tile, d head dim padded to a power of two.
 """
 
 from __future__ import annotations
 
+# The language is not the one that its types describe: constants are constexpr, static_range is iterated.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 

@@ -98,7 +98,7 @@ def nearest_of_products(
 
 
 @njit(cache=True)
-def _any_from(values: np.ndarray, least: float) -> bool:
+def _any_from(values: np.ndarray, least: np.floating) -> bool:
     """Is any value `least` or more? A sum of comparisons, which vectorises where a branch does not."""
     count = 0
     for place in range(len(values)):
