@@ -3,11 +3,11 @@
     python tests/benchmarks/packing_quality.py --output measurements.json
     python tests/benchmarks/packing_quality.py --only synthetic --documents 10000
 
-Parts: synthetic (Gaussian topics in 64 dimensions, log-normal lengths with a mean of about 900 tokens, rows of 32,768
-tokens; topics broad and of very uneven sizes, like those of shared/specs/data.md 7.1: two random documents are of one
-topic 13 times in 100), scattered (the same, but topics of about 30 documents that have nothing to do with each other,
-so that k-means into far fewer clusters has nothing to go by), sources (the standard library's files, by hashed and by
-MiniLM vectors; four bytes are taken for a token), walk (the lists alone, a million documents: no query finds more).
+Parts: synthetic (Gaussian clusters of about 30 documents in 64 dimensions, log-normal lengths with a mean of about 900
+tokens, rows of 32,768 tokens), broad (the same, but topics wide and of very uneven sizes, like those of
+shared/specs/data.md 7.1: two random documents are of one topic 13 times in 100), sources (the standard library's files,
+by hashed and by MiniLM vectors; four bytes are taken for a token), walk (the lists alone, a million documents: no query
+finds more).
 
 The oracle takes the nearest unused document at every step, by brute force over all vectors. It shares no code with the
 walk but follows the same rules: random roots, rows cut, rests put back. Means are over all documents that follow each
@@ -48,7 +48,7 @@ MIN_REMAINDER = 32
 DIMENSIONS = 64
 PER_TOPIC = 30
 # Documents of a topic have a mean cosine of 1 / (1 + spread^2); sizes fall with this power of the topic's rank.
-CORPORA = {"synthetic": {"spread": 1.17, "zipf": 1.4}, "scattered": {"spread": 0.65, "zipf": 0.0}}
+CORPORA = {"synthetic": {"spread": 0.65, "zipf": 0.0}, "broad": {"spread": 1.17, "zipf": 1.4}}
 NUM_LISTED = 32
 NUM_CLUSTERS = 256
 WALK_DOCUMENTS = 1_000_000

@@ -171,6 +171,24 @@ def test_rows_account_for_every_token(tmp_path, num_clusters, partial_row):
     assert all((edge["row_id"], edge["child_doc_id"]) in segments for edge in edges)
 
 
+def test_rows_of_chunks_account_for_every_token(tmp_path):
+    numbered = numbered_documents([4 + 5 * n % 9 for n in range(60)])
+    documents = dict(zip(chunk_ids([1 + n % 5 for n in range(20)]), numbered.values(), strict=True))
+    vectors = dict(zip(documents, topical_vectors(len(documents)), strict=True))
+    names = list(documents)
+    # Some documents have chunks in both clusters.
+    clusters = [{name: vectors[name] for name in part} for part in (names[:31], names[31:])]
+    inputs = {
+        "tokens": write_tokens(tmp_path / "tokens", documents),
+        "neighbours": write_neighbours(tmp_path / "neighbours", clusters),
+    }
+    data = run_stage(interleave, config_of(65, level="chunk"), inputs, tmp_path / "out")
+    rows = assert_rows_are_sound(data, documents)
+    assert read_artifact(data).counts["num_tokens_padding"] < 65
+    names_of = [[segment["doc_id"].split("#")[0] for segment in row["segments"]] for row in rows]
+    assert sum(max(map(row.count, row)) > 1 for row in names_of) > len(rows) / 2
+
+
 def test_documents_that_are_no_chunks_are_named():
     pool = pool_by_hand(["d0"], {}, 1)
     with pytest.raises(ValueError, match="'d0' is no chunk"):
