@@ -324,7 +324,7 @@ def run(stage: Any, config: Any, inputs: dict[str, Path], folder: Path) -> Path:
 
 PARTS = {
     "synthetic": measure_synthetic,
-    "scattered": measure_synthetic,
+    "broad": measure_synthetic,
     "sources": measure_sources,
     "walk": measure_walk,
 }
