@@ -1,10 +1,12 @@
 """Divides a corpus into coarse clusters that fit one worker, by vectors or by folders.
 
-By vectors: k-means of a sample gives coarse centroids, about two for each `cluster_documents` documents, as cluster
-sizes differ by a factor of two to five (shared/specs/data.md 7.1). Every document goes to the nearest. A cluster that
-is larger than `cluster_documents` is halved until its parts fit: along the line between its two centres, at the median,
-so that the number and the sizes of all parts follow from the counts alone. Empty clusters are dropped. The sample is
-drawn by a hash of the ids, so the centroids do not depend on the order of the documents.
+By vectors: k-means of a sample gives fine cells, and a second k-means, of their centroids, groups these into coarse
+clusters, about two for each `cluster_documents` documents, as cluster sizes differ by a factor of two to five
+(shared/specs/data.md 7.1). Every document goes to the nearest cell, and so to its cluster: borders then run between
+cells, and cut through fewer neighbourhoods than those of a single k-means do. A cluster that is larger than
+`cluster_documents` is halved until its parts fit: along the line between its two centres, at the median, so that the
+number and the sizes of all parts follow from the counts alone. Empty clusters are dropped. The sample is drawn by a
+hash of the ids, so the cells do not depend on the order of the documents.
 
 By folders: documents are counted by source and first folder; neighbouring folders, in the order of the walk, share a
 cluster while they fit. A larger folder is cut into slices of the walk.
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _SAMPLES_PER_CENTROID = 256
+_CELLS_PER_CLUSTER = 8
 _SPREAD = "spread.arrow"
 
 
@@ -126,8 +129,11 @@ def sample_fraction(num_documents: int, number: int) -> float:
     return number * _SAMPLES_PER_CENTROID / num_documents
 
 
-def train_on_samples(folders: Sequence[Path], number: int, seed: int) -> np.ndarray:
-    """The coarse centroids, from what `sample_shard` wrote. Raises ValueError if there are too few vectors."""
+def train_on_samples(folders: Sequence[Path], number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Centroids of the fine cells, float32 `[C, D]`, and the coarse cluster of each, int32 `[C]`, below `number`.
+
+    Trained on what `sample_shard` wrote. Raises ValueError if there are too few vectors.
+    """
     import numpy as np
 
     hashes = np.concatenate([np.load(folder / "hashes.npy") for folder in folders])
@@ -135,27 +141,29 @@ def train_on_samples(folders: Sequence[Path], number: int, seed: int) -> np.ndar
     vectors = np.concatenate([np.load(folder / "vectors.npy") for folder in folders])[order]
     if len(vectors) < number:
         raise ValueError(f"slot vectors has only {len(vectors)} vectors that are not zeros, for {number} clusters")
-    return train_centroids(vectors, number, seed)
+    cells = unit_vectors(train_centroids(vectors, min(number * _CELLS_PER_CLUSTER, len(vectors)), seed))
+    return cells, assign(cells, train_centroids(cells, number, seed))
 
 
 class SpreadByVector:
-    """Divides one shard after another by the nearest centroid; None: all documents are one cluster."""
+    """Divides one shard after another by the nearest cell; None: all documents are one cluster."""
 
-    def __init__(self, centroids: Path | None) -> None:
+    def __init__(self, folder: Path | None) -> None:
         import numpy as np
 
-        self._centroids = None if centroids is None else np.load(centroids)
+        self._cells = None if folder is None else np.load(folder / "cells.npy")
+        self._clusters = np.zeros(1, np.int32) if folder is None else np.load(folder / "clusters.npy")
 
     def __call__(self, shard: Shard, folder: Path) -> dict[str, Any]:
         """Write the shard, divided; returns the `sizes` of all groups."""
         import numpy as np
 
-        needed = self._centroids is not None and "vector" not in shard.columns
+        needed = self._cells is not None and "vector" not in shard.columns
         table = read_shard(shard, [*shard.columns, *(["vector"] if needed else [])])
-        if self._centroids is None:
+        if self._cells is None:
             return write_spread(folder, table, np.zeros(table.num_rows, dtype=np.int32), 1)
-        groups = assign(read_unit_vectors(table), self._centroids)
-        return write_spread(folder, table, groups, len(self._centroids))
+        groups = self._clusters[assign(read_unit_vectors(table), self._cells)]
+        return write_spread(folder, table, groups, int(self._clusters.max()) + 1)
 
 
 def count_folders(shard: Shard, folder: Path) -> dict[str, Any]:

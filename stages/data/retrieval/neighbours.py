@@ -145,11 +145,12 @@ def _train(
 
     sample = partial(sample_shard, sample_fraction(num_documents, number))
     sampled = list(map_shards(context, sample, shards, label="sample", unit="shards sampled"))
-    path = context.work / "centroids.npy"
-    temporary = path.with_name(f"{uuid.uuid4().hex}.npy")
-    np.save(temporary, train_on_samples([shard.folder for shard in sampled], number, config.seed))
-    temporary.replace(path)
-    return path
+    cells, clusters = train_on_samples([shard.folder for shard in sampled], number, config.seed)
+    folder = context.work / f"cells-{uuid.uuid4().hex}"
+    folder.mkdir()
+    np.save(folder / "cells.npy", cells)
+    np.save(folder / "clusters.npy", clusters)
+    return folder
 
 
 def _gather(

@@ -126,4 +126,8 @@ def test_centroids_do_not_depend_on_the_order_or_the_shards_of_the_corpus(tmp_pa
         num_sampled = sum(len(np.load(folder / "vectors.npy")) for folder in folders)
         assert 350 < num_sampled < 550
         trained.append(train_on_samples(folders, 7, seed=1))
-    assert trained[0].tobytes() == trained[1].tobytes()
+    for one, other in zip(*trained, strict=True):
+        assert one.tobytes() == other.tobytes()
+    cells, clusters = trained[0]
+    assert cells.shape == (56, 8) and clusters.shape == (56,)
+    assert clusters.min() >= 0 and clusters.max() < 7
