@@ -54,7 +54,7 @@ def main(work: Path) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(work / "home"))
 
-    from ropewalk.stages.data.readers import SourceConfig, open_source
+    from ropewalk.stages.data.reading.readers import SourceConfig, open_source
 
     fields = {"name": "s", "format": "huggingface", "dataset": "org/name", "revision": COMMIT}
     source = SourceConfig.model_validate({**fields, "metadata_fields": ["n"]})

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from ropewalk.stages.checks import check_documents
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.data.units import sum_counts
+from ropewalk.stages.data.packing.units import sum_counts
 from ropewalk.stages.schema import Artifact, Record, documents_schema, read_artifact, shard_paths, write_artifact
 from ropewalk.stages.shards import map_shards
 

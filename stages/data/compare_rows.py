@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.data.row_measures import RowMeasures, measure_row
+from ropewalk.stages.data.packing.row_measures import RowMeasures, measure_row
 from ropewalk.stages.schema import Artifact, Record, iterate_table, read_artifact, seeded_rng, write_artifact
 
 if TYPE_CHECKING:

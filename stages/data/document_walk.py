@@ -32,11 +32,11 @@ from pydantic import Field
 
 from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.data.bins import concatenate
-from ropewalk.stages.data.clusters import log_details, map_clusters, retriever_of, walk_details
-from ropewalk.stages.data.rows import Corpus
-from ropewalk.stages.data.units import finish_rows
-from ropewalk.stages.data.walk import Walk
+from ropewalk.stages.data.packing.bins import concatenate
+from ropewalk.stages.data.packing.clusters import log_details, map_clusters, retriever_of, walk_details
+from ropewalk.stages.data.packing.rows import Corpus
+from ropewalk.stages.data.packing.units import finish_rows
+from ropewalk.stages.data.packing.walk import Walk
 from ropewalk.stages.schema import Record, seeded_rng
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Reads files and data sets into Documents, each text once.
 
-Reads one input slot a source (see `ropewalk.stages.data.readers`). Writes Documents in the order of the sources, then
-of the files, then of the records.
+Reads one input slot a source (see `ropewalk.stages.data.reading.readers`). Writes Documents in the order of the sources,
+then of the files, then of the records.
 
 Lost: documents that cannot be decoded (`undecodable`), hold a NUL character, which no text does (`nul_bytes`), hold
 white space only (`empty`), are outside the size limits (`too_short`, `too_long`), or have the same text, by SHA-256, as
@@ -33,11 +33,11 @@ from pydantic import Field, field_validator
 
 from ropewalk.stages.checks import check_documents
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.data.first_seen import first_seen
-from ropewalk.stages.data.readers import open_source
-from ropewalk.stages.data.shard_plan import copy_shard, plan_shards
-from ropewalk.stages.data.sources import MAX_DOCUMENT_BYTES, SourceConfig
-from ropewalk.stages.data.unit_reader import Unit, group_parts, read_unit
+from ropewalk.stages.data.reading.first_seen import first_seen
+from ropewalk.stages.data.reading.readers import open_source
+from ropewalk.stages.data.reading.shard_plan import copy_shard, plan_shards
+from ropewalk.stages.data.reading.sources import MAX_DOCUMENT_BYTES, SourceConfig
+from ropewalk.stages.data.reading.unit_reader import Unit, group_parts, read_unit
 from ropewalk.stages.schema import Artifact, Record, write_artifact
 from ropewalk.stages.shards import Shard, map_shards
 

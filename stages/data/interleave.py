@@ -40,11 +40,11 @@ from pydantic import Field
 
 from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.data.bins import Piece, RowPlan
-from ropewalk.stages.data.clusters import link_edges, log_details, map_clusters, retriever_of, walk_details
-from ropewalk.stages.data.rows import Corpus
-from ropewalk.stages.data.units import finish_rows
-from ropewalk.stages.data.walk import Edges, Walk, make_unused
+from ropewalk.stages.data.packing.bins import Piece, RowPlan
+from ropewalk.stages.data.packing.clusters import link_edges, log_details, map_clusters, retriever_of, walk_details
+from ropewalk.stages.data.packing.rows import Corpus
+from ropewalk.stages.data.packing.units import finish_rows
+from ropewalk.stages.data.packing.walk import Edges, Walk, make_unused
 from ropewalk.stages.schema import Record, seeded_rng
 
 if TYPE_CHECKING:

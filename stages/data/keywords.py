@@ -30,13 +30,13 @@ from pydantic import Field
 
 from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.data.bins import concatenate
-from ropewalk.stages.data.clusters import Job, build_unit, log_details, map_job, walk_details
-from ropewalk.stages.data.gather import GatheredTokens, gather_tokens
-from ropewalk.stages.data.rake import keywords
-from ropewalk.stages.data.rows import Corpus
-from ropewalk.stages.data.units import finish_rows, load_tokenizer_info
-from ropewalk.stages.data.walk import Walk
+from ropewalk.stages.data.packing.bins import concatenate
+from ropewalk.stages.data.packing.clusters import Job, build_unit, log_details, map_job, walk_details
+from ropewalk.stages.data.packing.gather import GatheredTokens, gather_tokens
+from ropewalk.stages.data.packing.rake import keywords
+from ropewalk.stages.data.packing.rows import Corpus
+from ropewalk.stages.data.packing.units import finish_rows, load_tokenizer_info
+from ropewalk.stages.data.packing.walk import Walk
 from ropewalk.stages.schema import Artifact, Record, read_artifact, seeded_rng, shard_paths, write_artifact, write_shard
 from ropewalk.stages.shards import map_shards
 

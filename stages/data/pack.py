@@ -26,10 +26,10 @@ from pydantic import Field, model_validator
 
 from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.data.bins import RowPlan, best_fit, concatenate, first_fit
-from ropewalk.stages.data.row_batches import batches_of_rows, lay_rows
-from ropewalk.stages.data.row_files import UnitWriter
-from ropewalk.stages.data.units import (
+from ropewalk.stages.data.packing.bins import RowPlan, best_fit, concatenate, first_fit
+from ropewalk.stages.data.packing.row_batches import batches_of_rows, lay_rows
+from ropewalk.stages.data.packing.row_files import UnitWriter
+from ropewalk.stages.data.packing.units import (
     TokenUnit,
     finish_rows,
     load_left,
@@ -44,7 +44,7 @@ from ropewalk.stages.schema import AttentionPolicy, Record, TokenizerInfo, seede
 if TYPE_CHECKING:
     import numpy as np
 
-    from ropewalk.stages.data.rows import Corpus
+    from ropewalk.stages.data.packing.rows import Corpus
 
 NAME = "pack"
 VERSION = 1

@@ -34,8 +34,8 @@ from pydantic import Field, model_validator
 
 from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
+from ropewalk.stages.data.packing.rows import load_corpus
 from ropewalk.stages.data.quotas import largest_remainder
-from ropewalk.stages.data.rows import load_corpus
 from ropewalk.stages.data.running_text import PlacedPiece, RunningText, lay_out
 from ropewalk.stages.data.vocabulary import load_tokenizer, tokenizer_digest
 from ropewalk.stages.episodes import EpisodeFormat, EpisodeWriter, episode_writer

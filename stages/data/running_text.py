@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ropewalk.stages.data.rows import Corpus
+from ropewalk.stages.data.packing.rows import Corpus
 from ropewalk.stages.schema import seeded_rng
 
 if TYPE_CHECKING:

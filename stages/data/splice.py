@@ -40,7 +40,7 @@ from pydantic import Field
 
 from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.data.clusters import (
+from ropewalk.stages.data.packing.clusters import (
     Job,
     build_unit,
     link_edges,
@@ -50,9 +50,9 @@ from ropewalk.stages.data.clusters import (
     retriever_of,
     walk_details,
 )
-from ropewalk.stages.data.rows import Corpus
-from ropewalk.stages.data.units import TokenUnit, finish_rows, load_tokenizer_info, load_tokens, token_units
-from ropewalk.stages.data.walk import Walk, splice_documents
+from ropewalk.stages.data.packing.rows import Corpus
+from ropewalk.stages.data.packing.units import TokenUnit, finish_rows, load_tokenizer_info, load_tokens, token_units
+from ropewalk.stages.data.packing.walk import Walk, splice_documents
 from ropewalk.stages.schema import Record
 
 if TYPE_CHECKING:

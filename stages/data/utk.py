@@ -41,12 +41,12 @@ from pydantic import Field
 
 from ropewalk.stages.checks import check_rows
 from ropewalk.stages.context import Context, Output
-from ropewalk.stages.data.bins import RowPlan, concatenate
-from ropewalk.stages.data.knot_rules import KnotRules, RowKind, added_tokens
-from ropewalk.stages.data.knots import Markers, body_lengths, draw_knots, lay_knots, make_markers, stream_key
-from ropewalk.stages.data.row_batches import batches_of_rows
-from ropewalk.stages.data.row_files import UnitWriter
-from ropewalk.stages.data.units import (
+from ropewalk.stages.data.packing.bins import RowPlan, concatenate
+from ropewalk.stages.data.packing.knot_rules import KnotRules, RowKind, added_tokens
+from ropewalk.stages.data.packing.knots import Markers, body_lengths, draw_knots, lay_knots, make_markers, stream_key
+from ropewalk.stages.data.packing.row_batches import batches_of_rows
+from ropewalk.stages.data.packing.row_files import UnitWriter
+from ropewalk.stages.data.packing.units import (
     TokenUnit,
     finish_rows,
     load_left,
@@ -60,7 +60,7 @@ from ropewalk.stages.data.vocabulary import tokenizer_digest, tokenizer_folder
 from ropewalk.stages.schema import TokenizerInfo, seeded_rng
 
 if TYPE_CHECKING:
-    from ropewalk.stages.data.rows import Corpus
+    from ropewalk.stages.data.packing.rows import Corpus
 
 NAME = "utk"
 VERSION = 1

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ropewalk.stages import checks
 from ropewalk.stages.data import ingest, mix, pack, plant, split
-from ropewalk.stages.data.readers import SourceConfig
+from ropewalk.stages.data.reading.readers import SourceConfig
 from ropewalk.stages.schema import Artifact, predictions_schema, read_artifact, write_artifact, write_table
 
 ROW_TOKENS = 32

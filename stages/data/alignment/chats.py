@@ -28,7 +28,7 @@ from pydantic import Field, field_validator
 
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.data.alignment.conversations import Chat, Message, check_chats, fault, write_chats
-from ropewalk.stages.data.readers import list_files
+from ropewalk.stages.data.reading.readers import list_files
 from ropewalk.stages.schema import Artifact, Record, write_artifact
 
 NAME = "chats"

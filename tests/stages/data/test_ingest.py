@@ -18,10 +18,10 @@ from row_invariants import run_stage
 
 from ropewalk.stages.context import LocalContext, Output
 from ropewalk.stages.data import ingest
-from ropewalk.stages.data.first_seen import first_seen
 from ropewalk.stages.data.ingest import IngestConfig
-from ropewalk.stages.data.shard_plan import shard_ends
-from ropewalk.stages.data.unit_reader import Unit, cut_shards
+from ropewalk.stages.data.reading.first_seen import first_seen
+from ropewalk.stages.data.reading.shard_plan import shard_ends
+from ropewalk.stages.data.reading.unit_reader import Unit, cut_shards
 from ropewalk.stages.schema import documents_schema, read_artifact, read_table, shard_paths
 
 

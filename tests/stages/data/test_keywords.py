@@ -3,7 +3,7 @@ import pytest
 from row_invariants import assert_rows_are_sound, numbered_documents, run_stage, write_documents, write_tokens
 
 from ropewalk.stages.data import keywords as quest
-from ropewalk.stages.data.rake import candidate_phrases, keywords
+from ropewalk.stages.data.packing.rake import candidate_phrases, keywords
 from ropewalk.stages.schema import Artifact, documents_schema, read_artifact, seeded_rng, write_artifact, write_table
 
 # The abstract that the RAKE paper works through, and the scores it gives.

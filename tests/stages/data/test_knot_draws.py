@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropewalk.stages.data.compiled import knot_draws
-from ropewalk.stages.data.knots import stream_key
+from ropewalk.stages.data.packing.knots import stream_key
 from ropewalk.stages.schema import seeded_rng
 
 BELOW = [0, 1, 2, 5, 61, 1000, 2**31 - 2, 2**32 - 2]

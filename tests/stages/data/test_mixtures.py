@@ -87,7 +87,7 @@ def test_what_was_not_published_is_not_there():
 
 def test_windows_grow_and_say_how_many_rows_they_need():
     mixture = OLMO_3_LONGMINO.phases[0].mixture
-    curriculum = grow_windows(mixture, dict.fromkeys(WINDOWS_TOKENS, 2 ** 21))
+    curriculum = grow_windows(mixture, dict.fromkeys(WINDOWS_TOKENS, 2**21))
     assert [phase.row_tokens for phase in curriculum.phases] == [8192, 65_536, 524_288]
     assert [phase.num_rows() for phase in curriculum.phases] == [256, 32, 4]
     assert [phase.name for phase in curriculum.phases][-1] == "olmo-3-longmino-512k"

@@ -14,7 +14,7 @@ from row_invariants import (
 )
 
 from ropewalk.stages.data import pack
-from ropewalk.stages.data.rows import check_counts
+from ropewalk.stages.data.packing.rows import check_counts
 from ropewalk.stages.schema import (
     Artifact,
     read_artifact,

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from row_invariants import numbered_documents, run_stage, tokenizer_info, write_tokens
 
 from ropewalk.stages.data import plant
+from ropewalk.stages.data.packing.rows import Corpus
 from ropewalk.stages.data.plant import PlantConfig, plan_rows
-from ropewalk.stages.data.rows import Corpus
 from ropewalk.stages.data.running_text import lay_out
 from ropewalk.stages.data.vocabulary import add_markers, describe_tokenizer, tokenizer_digest, train_tokenizer
 from ropewalk.stages.episodes import ASK_MARKER, KEY_MARKER, EpisodeFormat, EpisodeWriter, episode_writer

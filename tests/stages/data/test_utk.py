@@ -16,8 +16,9 @@ from row_invariants import (
     write_tokens,
 )
 
-from ropewalk.stages.data import knot_rules, utk
-from ropewalk.stages.data.knot_rules import RowKind
+from ropewalk.stages.data import utk
+from ropewalk.stages.data.packing import knot_rules
+from ropewalk.stages.data.packing.knot_rules import RowKind
 from ropewalk.stages.schema import (
     Artifact,
     read_artifact,

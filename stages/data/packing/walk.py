@@ -19,9 +19,9 @@ from ropewalk.stages.schema import seeded_rng
 if TYPE_CHECKING:
     import numpy as np
 
-    from ropewalk.stages.data.bins import RowPlan
     from ropewalk.stages.data.compiled.walk import Rows as CompiledRows
     from ropewalk.stages.data.compiled.walk import Unused
+    from ropewalk.stages.data.packing.bins import RowPlan
     from ropewalk.stages.data.retrieval.pool import Pool
 
 ORDERS = ("identity", "shuffle", "reverse")
@@ -91,7 +91,7 @@ def own_rows(lengths: np.ndarray, capacity: int, min_remainder: int) -> tuple[Ro
     """
     import numpy as np
 
-    from ropewalk.stages.data.bins import cut_long
+    from ropewalk.stages.data.packing.bins import cut_long
 
     full, documents, rest_starts = cut_long(lengths, capacity)
     left = lengths[documents] - rest_starts
@@ -244,8 +244,8 @@ def _make_rows(left: np.ndarray, mask: np.ndarray, capacity: int) -> CompiledRow
 def _finish_walk(own: RowPlan, rows: CompiledRows, state: np.ndarray, trimmed: int) -> Walk:
     import numpy as np
 
-    from ropewalk.stages.data.bins import RowPlan
     from ropewalk.stages.data.compiled import walk as compiled
+    from ropewalk.stages.data.packing.bins import RowPlan
 
     pieces, edges = slice(state[compiled.NUM_PIECES]), slice(state[compiled.NUM_EDGES])
     offsets = np.concatenate([[0], rows.ends[: state[compiled.NUM_ROWS]]])

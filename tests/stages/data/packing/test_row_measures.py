@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.stages.data.row_measures import measure_row
+from ropewalk.stages.data.packing.row_measures import measure_row
 
 VECTORS = {
     "a": np.array([1.0, 0.0]),

@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from ropewalk.stages.data.globs import list_files
-from ropewalk.stages.data.languages import language_of
-from ropewalk.stages.data.record_files import (
+from ropewalk.stages.data.reading.globs import list_files
+from ropewalk.stages.data.reading.languages import language_of
+from ropewalk.stages.data.reading.record_files import (
     batch_documents,
     batch_records,
     document,
@@ -34,7 +34,7 @@ from ropewalk.stages.data.record_files import (
     record_columns,
     row_group_parts,
 )
-from ropewalk.stages.data.sources import Part, RawDocument, SourceConfig
+from ropewalk.stages.data.reading.sources import Part, RawDocument, SourceConfig
 
 MAX_LINE_BYTES = 2**30
 """Of a line of JSON Lines."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ropewalk.stages.data.sources import Part, RawDocument, SourceConfig
+from ropewalk.stages.data.reading.sources import Part, RawDocument, SourceConfig
 from ropewalk.stages.schema import documents_schema
 
 SHARD_DOCUMENTS = 65_536

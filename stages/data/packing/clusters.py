@@ -15,14 +15,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ropewalk.stages.data.bins import RowPlan, concatenate
-from ropewalk.stages.data.gather import GatheredTokens, gather_tokens
+from ropewalk.stages.data.packing.bins import RowPlan, concatenate
+from ropewalk.stages.data.packing.gather import GatheredTokens, gather_tokens
+from ropewalk.stages.data.packing.row_batches import batches_of_rows, lay_rows
+from ropewalk.stages.data.packing.row_files import UnitWriter
+from ropewalk.stages.data.packing.rows import Corpus
+from ropewalk.stages.data.packing.units import load_left, load_tokenizer_info, map_units, sum_counts
+from ropewalk.stages.data.packing.walk import Edges, Walk, similarity_details, similarity_of
 from ropewalk.stages.data.retrieval.pool import num_clusters, open_pool
-from ropewalk.stages.data.row_batches import batches_of_rows, lay_rows
-from ropewalk.stages.data.row_files import UnitWriter
-from ropewalk.stages.data.rows import Corpus
-from ropewalk.stages.data.units import load_left, load_tokenizer_info, map_units, sum_counts
-from ropewalk.stages.data.walk import Edges, Walk, similarity_details, similarity_of
 from ropewalk.stages.schema import TokenizerInfo, read_artifact, seeded_rng, write_shard
 from ropewalk.stages.shards import Shard
 

@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.stages.data.row_files import LEFT, pick_rows
-from ropewalk.stages.data.rows import Corpus, check_counts
+from ropewalk.stages.data.packing.row_files import LEFT, pick_rows
+from ropewalk.stages.data.packing.rows import Corpus, check_counts
 from ropewalk.stages.schema import (
     Artifact,
     TokenizerInfo,

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ropewalk.stages.data.packing.rows import Corpus
+from ropewalk.stages.data.packing.units import corpus_of
 from ropewalk.stages.data.retrieval.pool import cluster_doc_ids, num_clusters
-from ropewalk.stages.data.rows import Corpus
-from ropewalk.stages.data.units import corpus_of
 from ropewalk.stages.schema import TokenizerInfo, shard_paths
 from ropewalk.stages.shards import map_shards
 

@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from neighbour_artifacts import pool_by_hand, topical_vectors
 
-from ropewalk.stages.data.bins import Piece, RowPlan
 from ropewalk.stages.data.compiled.walk import AT_RANDOM, FROM_QUERY, draw, put_back, take
-from ropewalk.stages.data.retrieval.pool import Pool
-from ropewalk.stages.data.walk import (
+from ropewalk.stages.data.packing.bins import Piece, RowPlan
+from ropewalk.stages.data.packing.walk import (
     FIT_CANDIDATES,
     Walk,
     adjacent_documents,
@@ -18,6 +17,7 @@ from ropewalk.stages.data.walk import (
     similarity_of,
     splice_documents,
 )
+from ropewalk.stages.data.retrieval.pool import Pool
 from ropewalk.stages.schema import seeded_rng
 
 quick = settings(deadline=None, max_examples=60)

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from row_invariants import assert_rows_are_sound, numbered_documents, tokenizer_info, write_tokens
 
 from ropewalk.stages.context import LocalContext, Output
-from ropewalk.stages.data.bins import concatenate
-from ropewalk.stages.data.row_batches import lay_rows
-from ropewalk.stages.data.row_files import UnitWriter
-from ropewalk.stages.data.rows import Corpus
-from ropewalk.stages.data.units import (
+from ropewalk.stages.data.packing.bins import concatenate
+from ropewalk.stages.data.packing.row_batches import lay_rows
+from ropewalk.stages.data.packing.row_files import UnitWriter
+from ropewalk.stages.data.packing.rows import Corpus
+from ropewalk.stages.data.packing.units import (
     finish_rows,
     load_left,
     load_tokens,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.stages.data.bins import Piece, RowPlan, best_fit, concatenate, cut_long, first_fit
+from ropewalk.stages.data.packing.bins import Piece, RowPlan, best_fit, concatenate, cut_long, first_fit
 
 quick = settings(deadline=None, max_examples=60)
 documents_in_rows = (st.lists(st.integers(0, 60), max_size=60), st.integers(1, 40))

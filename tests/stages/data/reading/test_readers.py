@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ropewalk.stages.data import readers
-from ropewalk.stages.data.globs import list_files
-from ropewalk.stages.data.languages import language_of
-from ropewalk.stages.data.readers import open_source
-from ropewalk.stages.data.sources import MAX_DOCUMENT_BYTES, SourceConfig
+from ropewalk.stages.data.reading import readers
+from ropewalk.stages.data.reading.globs import list_files
+from ropewalk.stages.data.reading.languages import language_of
+from ropewalk.stages.data.reading.readers import open_source
+from ropewalk.stages.data.reading.sources import MAX_DOCUMENT_BYTES, SourceConfig
 
 
 def read(root, work=None, part_bytes=2**26, **fields):

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.stages.data.knot_rules import BACKTRACING_TOKENS, HOP_TOKENS, KnotRules, RowKind, added_tokens
-from ropewalk.stages.data.row_batches import RowBatch
+from ropewalk.stages.data.packing.knot_rules import BACKTRACING_TOKENS, HOP_TOKENS, KnotRules, RowKind, added_tokens
+from ropewalk.stages.data.packing.row_batches import RowBatch
 from ropewalk.stages.schema import TokenizerInfo
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ropewalk.stages.data.bins import RowPlan
-    from ropewalk.stages.data.rows import Corpus
+    from ropewalk.stages.data.packing.bins import RowPlan
+    from ropewalk.stages.data.packing.rows import Corpus
 
 ID_ALPHABET = string.ascii_letters + string.digits
 ID_CHARACTERS = 6

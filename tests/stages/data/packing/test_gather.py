@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from row_invariants import numbered_documents, tokenizer_info, write_tokens
 
 from ropewalk.stages.context import LocalContext
-from ropewalk.stages.data import gather
-from ropewalk.stages.data.gather import gather_tokens
+from ropewalk.stages.data.packing import gather
+from ropewalk.stages.data.packing.gather import gather_tokens
 from ropewalk.stages.schema import Artifact, tokens_schema, write_artifact, write_table
 
 

@@ -1,4 +1,4 @@
-"""Where documents come from, and what a reader makes of them: see `ropewalk.stages.data.readers`."""
+"""Where documents come from, and what a reader makes of them: see `ropewalk.stages.data.reading.readers`."""
 
 from __future__ import annotations
 

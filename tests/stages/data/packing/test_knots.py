@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.stages.data import knot_rules, utk
-from ropewalk.stages.data.knot_rules import KnotRules, RowKind
-from ropewalk.stages.data.knots import draw_knots, stream_key
+from ropewalk.stages.data import utk
+from ropewalk.stages.data.packing import knot_rules
+from ropewalk.stages.data.packing.knot_rules import KnotRules, RowKind
+from ropewalk.stages.data.packing.knots import draw_knots, stream_key
 
 quick = settings(deadline=None, max_examples=40)
 PLAIN = RowKind(rows_fraction=0, chunk_probabilities=(1.0,))

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ropewalk.stages.data.row_batches import RowBatch
+from ropewalk.stages.data.packing.row_batches import RowBatch
 from ropewalk.stages.schema import AttentionPolicy, rows_schema
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from ropewalk.stages.data.bins import RowPlan
-    from ropewalk.stages.data.rows import Corpus
+    from ropewalk.stages.data.packing.bins import RowPlan
+    from ropewalk.stages.data.packing.rows import Corpus
 
 ROWS, IDS, MASKS, LEFT = "rows.arrow", "input_ids.int32", "loss_mask.bool", "left.parquet"
 

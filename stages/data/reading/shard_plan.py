@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.stages.data.unit_reader import SHARD_DOCUMENTS
+from ropewalk.stages.data.reading.unit_reader import SHARD_DOCUMENTS
 from ropewalk.stages.schema import documents_schema, write_shard
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from ropewalk.stages.schema import TokenizerInfo, stable_id
 if TYPE_CHECKING:
     import numpy as np
 
-    from ropewalk.stages.data.bins import RowPlan
-    from ropewalk.stages.data.rows import Corpus
+    from ropewalk.stages.data.packing.bins import RowPlan
+    from ropewalk.stages.data.packing.rows import Corpus
 
 BATCH_TOKENS = 2**20
 """Tokens of rows laid at a time: bounds memory, and stays within the cache."""

@@ -1,6 +1,6 @@
 """Reads records: what a record must hold to be a document, and the records of Parquet and Arrow files.
 
-See `ropewalk.stages.data.readers` for what is dropped and what is an error.
+See `ropewalk.stages.data.reading.readers` for what is dropped and what is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.stages.data.sources import Part, RawDocument, SourceConfig
+from ropewalk.stages.data.reading.sources import Part, RawDocument, SourceConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
