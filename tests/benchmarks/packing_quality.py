@@ -35,11 +35,11 @@ from measurements import write_measurements
 from timings import Sample, progress, timed_call
 
 from ropewalk.stages.context import LocalContext, Output
-from ropewalk.stages.data.bins import concatenate
 from ropewalk.stages.data.document_walk import walk_path
+from ropewalk.stages.data.packing.bins import concatenate
+from ropewalk.stages.data.packing.walk import adjacent_documents, splice_documents
 from ropewalk.stages.data.retrieval import embed, neighbours
 from ropewalk.stages.data.retrieval.pool import Pool, num_clusters, open_pool
-from ropewalk.stages.data.walk import adjacent_documents, splice_documents
 from ropewalk.stages.schema import Artifact, iterate_table, vectors_schema, write_artifact, write_shard
 
 PACKAGES = ("ropewalk", "numpy", "numba", "faiss-cpu")

@@ -29,11 +29,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 from measurements import write_measurements
 
-from ropewalk.stages.data.bins import RowPlan, best_fit, concatenate, first_fit
-from ropewalk.stages.data.knot_rules import KnotRules, RowKind, added_tokens
-from ropewalk.stages.data.knots import body_lengths, draw_knots, lay_knots, make_markers, stream_key
-from ropewalk.stages.data.row_batches import RowBatch, batches_of_rows, lay_rows
-from ropewalk.stages.data.rows import Corpus
+from ropewalk.stages.data.packing.bins import RowPlan, best_fit, concatenate, first_fit
+from ropewalk.stages.data.packing.knot_rules import KnotRules, RowKind, added_tokens
+from ropewalk.stages.data.packing.knots import body_lengths, draw_knots, lay_knots, make_markers, stream_key
+from ropewalk.stages.data.packing.row_batches import RowBatch, batches_of_rows, lay_rows
+from ropewalk.stages.data.packing.rows import Corpus
 from ropewalk.stages.schema import TokenizerInfo
 
 PARTS = ("plans", "rows", "knots")

@@ -43,7 +43,7 @@ def test_a_broken_artifact_fails_its_step_by_file_and_field_and_is_kept(
         break_it(folder / f"{name}-00000.parquet")
         return total
 
-    monkeypatch.setattr("ropewalk.stages.data.rows.write_table", broken)
+    monkeypatch.setattr("ropewalk.stages.data.packing.rows.write_table", broken)
     result = run(pipeline, tmp_path / "store")
     (step,) = result.steps
     assert (result.status, step.status) == ("failed", "failed")
