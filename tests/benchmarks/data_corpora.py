@@ -83,6 +83,21 @@ def write_tokens(folder: Path, num_documents: int, mean_tokens: int = 900, shard
     return total
 
 
+def write_clusters(folder: Path, num_documents: int, num_clusters: int) -> list[list[str]]:
+    """A neighbours artifact over the documents of `write_tokens`, scattered over clusters; nobody is near anybody."""
+    rng = np.random.default_rng(0)
+    clusters = np.array_split(rng.permutation(num_documents), num_clusters)
+    names = [[f"synthetic/{number:09d}" for number in cluster.tolist()] for cluster in clusters]
+    folder.mkdir(parents=True)
+    for number, doc_ids in enumerate(names):
+        nothing = [pa.array([[]] * len(doc_ids), pa.list_(kind)) for kind in (pa.int32(), pa.float32())]
+        table = pa.Table.from_arrays([pa.array(doc_ids), *nothing], names=["doc_id", "neighbours", "scores"])
+        write_shard(folder, "neighbours", number, table)
+    details = {"retriever": "tree", "num_neighbours": 1, "num_clusters": num_clusters}
+    write_artifact(folder, Artifact(kind="neighbours", details=details))
+    return names
+
+
 def write_tokenizer(folder: Path, vocab_size: int = VOCABULARY) -> Path:
     """A tokenizer trained on the library's sources."""
     train_tokenizer(library_texts(), vocab_size, "<|bos|>", "<|eos|>").save_pretrained(str(folder))

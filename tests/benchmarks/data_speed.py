@@ -5,7 +5,8 @@
 
 Parts: encode (the stage's worker beside the tokenizer library alone, one thread), chain (Documents on disk to rows on
 disk beside its slowest part), workers (two Ray workers beside one), memory (peak of each stage for one corpus and for
-ten times it). The packers themselves: packing_speed.py and packing_quality.py; other tools: data_peers.py.
+ten times it), shuffles (what touches every token once more). The packers themselves: packing_speed.py and
+packing_quality.py; other tools: data_peers.py.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ropewalk.infra.on_ray.shipping import Shipped
 from ropewalk.infra.step import Resources
 from ropewalk.stages.context import LocalContext, Output
 from ropewalk.stages.data import encode, pack
+from ropewalk.stages.data.packing.gather import gather_tokens
 from ropewalk.stages.data.vocabulary import text_encoder
 from ropewalk.stages.schema import read_artifact
 
@@ -188,11 +190,42 @@ def measure_workers(folder: Path, repetitions: int) -> dict[str, Any]:
     return found
 
 
+def measure_shuffles(folder: Path, repetitions: int) -> dict[str, Any]:
+    """What touches every token once more: tokens go to their clusters, finished rows to their places."""
+    tokens = data_corpora.write_tokens(folder / "tokens", 60_000)
+    clusters = data_corpora.write_clusters(folder / "neighbours", 60_000, 16)
+    times: dict[str, list[Sample]] = {"gather tokens by cluster": [], "pack, shuffle and write rows": []}
+    for number in range(repetitions):
+        here = folder / str(number)
+        (here / "work").mkdir(parents=True)
+        context = LocalContext(here / "work")
+
+        def gather(context: LocalContext = context) -> None:
+            found = gather_tokens(context, folder / "tokens", folder / "neighbours", data_corpora.INFO)
+            for cluster, doc_ids in enumerate(clusters):
+                found.corpus(cluster, doc_ids)
+
+        config = pack.PackConfig(row_tokens=ROW_TOKENS)
+        samples = (
+            timed_call(gather),
+            timed_call(
+                lambda here=here, config=config: run_stage(pack, config, {"tokens": folder / "tokens"}, here / "p")
+            ),
+        )
+        for name, sample in zip(times, samples, strict=True):
+            times[name].append(sample)
+    found = {name: summary(samples) for name, samples in times.items()}
+    rates = {name: tokens / statistics.median(each.cpu for each in samples) for name, samples in times.items()}
+    progress(", ".join(f"{name}: {rate / 1e6:.0f}M tokens/s a core" for name, rate in rates.items()))
+    return found | {"tokens": summary([Sample(tokens, tokens)])}
+
+
 PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "encode": measure_encode,
     "chain": measure_chain,
     "workers": measure_workers,
     "memory": data_memory.measure,
+    "shuffles": measure_shuffles,
 }
 
 
