@@ -42,6 +42,15 @@ def test_lists_are_the_blocks_of_the_top_keys_and_distances(layout, counts):
     assert torch.equal(found.to_map(-(-row_tokens // EDGE)), by_definition(q, k, starts, *counts))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_distances_that_end_before_a_document_begins_list_nothing(seed):
+    starts = [[0, 24], [0, 30]]
+    q, k = inputs(starts, 140, seed, num_heads=4, num_kv_heads=1)
+    names = {"num_verticals": 0, "num_slashes": 4, "num_first": 0, "num_local": 0}
+    found = vertical_slash(q, k, starts, **names, block_tokens=EDGE)
+    assert torch.equal(found.to_map(9), by_definition(q, k, starts, *names.values()))
+
+
 def test_a_planted_column_and_a_planted_distance_are_found():
     starts, row_tokens = [[0]], 320
     q, k = torch.zeros(1, 1, row_tokens, 4), torch.zeros(1, 1, row_tokens, 4)
