@@ -21,7 +21,9 @@ import triton.language as tl
 from .steps import (
     count_key_tiles,
     is_visible,
+    is_within_bounds,
     key_tile_of,
+    load_bounds,
     load_intervals,
     load_run,
     load_tile,
@@ -55,25 +57,29 @@ def row_sums(
 
 @triton.jit
 def key_step(
-    dk, dv, k_nd, v_nd, keys, q, dout, lse_log2, delta, stride_ql, stride_dl, query_tile, listed,
-    lo, hi, glo, ghi, plan_base, q_tokens, scale_log2,
-    D: tl.constexpr, D_PADDED: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr, IEEE: tl.constexpr,
+    dk, dv, k_nd, v_nd, first_key, q, dout, lse_log2, delta, stride_ql, stride_dl, query_tile, listed,
+    lo, hi, glo, ghi, plan_base, q_tokens, scale_log2, D: tl.constexpr, D_PADDED: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, MASKED: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of queries adds to the dK and dV of a tile of keys. Scores are worked transposed, [n, m]."""
+    """What one tile of queries adds to the dK and dV of a tile of keys. Scores are worked transposed, [n, m].
+
+    A thread then holds few keys and many queries, so what belongs to queries costs registers: the intervals are packed,
+    and delta is read as late as can be.
+    """
     rows = query_tile * M + tl.arange(0, M)
     q_md = load_tile(q, stride_ql, rows, q_tokens, D, D_PADDED, False)
     dout_md = load_tile(dout, stride_dl, rows, q_tokens, D, D_PADDED, False)
     inside = rows < q_tokens
     lse_m = tl.load(lse_log2 + rows, mask=inside, other=float("inf"))
-    delta_m = tl.load(delta + rows, mask=inside, other=0.0)
     scores_nm = product(k_nd, tl.trans(q_md), IEEE) * scale_log2
     if MASKED:
-        lo_m, hi_m, glo_m, ghi_m = load_intervals(lo, hi, glo, ghi, plan_base, rows, q_tokens)
-        visible = is_visible(keys[:, None], listed, lo_m[None, :], hi_m[None, :], glo_m[None, :], ghi_m[None, :])
+        bounds_m = load_bounds(lo, hi, glo, ghi, plan_base, rows, q_tokens, first_key, listed, N)
+        visible = is_within_bounds(tl.arange(0, N)[:, None], bounds_m[None, :])
         scores_nm = tl.where(visible, scores_nm, -float("inf"))
     weights_nm = tl.exp2(scores_nm - lse_m[None, :])
     dv += product(weights_nm.to(dout_md.dtype), dout_md, IEEE)
     dweights_nm = product(v_nd, tl.trans(dout_md), IEEE)
+    delta_m = tl.load(delta + rows, mask=inside, other=0.0)
     dscores_nm = weights_nm * (dweights_nm - delta_m[None, :])
     dk += product(dscores_nm.to(q_md.dtype), q_md, IEEE)
     return dk, dv
@@ -94,7 +100,8 @@ def attention_backward_keys(
     place, chunk, num_chunks, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     b = (place // num_key_tiles).to(tl.int64)
     key_tile = place % num_key_tiles
-    keys = key_tile * N + tl.arange(0, N)
+    first_key = key_tile * N
+    keys = first_key + tl.arange(0, N)
     k_nd = load_tile(
         k + b * stride_kb + kv_head.to(tl.int64) * stride_kh, stride_ks, keys, k_tokens, D, D_PADDED, False
     )
@@ -120,16 +127,16 @@ def attention_backward_keys(
             for n in range(begin + num_full * chunk // num_chunks, begin + num_full * (chunk + 1) // num_chunks):
                 query_tile = tl.load(entries + n) // 2
                 dk_nd, dv_nd = key_step(
-                    dk_nd, dv_nd, k_nd, v_nd, keys, q_head, dout_head, lse_log2 + head_base, delta + head_base,
+                    dk_nd, dv_nd, k_nd, v_nd, first_key, q_head, dout_head, lse_log2 + head_base, delta + head_base,
                     stride_ql, stride_dl, query_tile, True, lo, hi, glo, ghi, plan_base, q_tokens, scale_log2,
-                    D, D_PADDED, M, False, IEEE,
+                    D, D_PADDED, M, N, False, IEEE,
                 )  # fmt: skip
             for n in range(split + num_partial * chunk // num_chunks, split + num_partial * (chunk + 1) // num_chunks):
                 entry = tl.load(entries + n)
                 dk_nd, dv_nd = key_step(
-                    dk_nd, dv_nd, k_nd, v_nd, keys, q_head, dout_head, lse_log2 + head_base, delta + head_base,
+                    dk_nd, dv_nd, k_nd, v_nd, first_key, q_head, dout_head, lse_log2 + head_base, delta + head_base,
                     stride_ql, stride_dl, entry // 2, entry % 2 == 1, lo, hi, glo, ghi, plan_base, q_tokens,
-                    scale_log2, D, D_PADDED, M, True, IEEE,
+                    scale_log2, D, D_PADDED, M, N, True, IEEE,
                 )  # fmt: skip
         else:
             begin, full_begin, full_end, end = load_run(key_runs + tile_place * 4)
@@ -137,17 +144,17 @@ def attention_backward_keys(
             num_partial = full_begin - begin + end - full_end
             for n in range(num_full * chunk // num_chunks, num_full * (chunk + 1) // num_chunks):
                 dk_nd, dv_nd = key_step(
-                    dk_nd, dv_nd, k_nd, v_nd, keys, q_head, dout_head, lse_log2 + head_base, delta + head_base,
+                    dk_nd, dv_nd, k_nd, v_nd, first_key, q_head, dout_head, lse_log2 + head_base, delta + head_base,
                     stride_ql, stride_dl, full_begin + n, True, lo, hi, glo, ghi, plan_base, q_tokens, scale_log2,
-                    D, D_PADDED, M, False, IEEE,
+                    D, D_PADDED, M, N, False, IEEE,
                 )  # fmt: skip
             for n in range(num_partial * chunk // num_chunks, num_partial * (chunk + 1) // num_chunks):
                 query_tile = tl.where(n < full_begin - begin, begin + n, full_end + n - (full_begin - begin))
                 if visits_key_tile(query_runs + (plan_row * num_query_tiles + query_tile) * 12, key_tile):
                     dk_nd, dv_nd = key_step(
-                        dk_nd, dv_nd, k_nd, v_nd, keys, q_head, dout_head, lse_log2 + head_base, delta + head_base,
+                        dk_nd, dv_nd, k_nd, v_nd, first_key, q_head, dout_head, lse_log2 + head_base, delta + head_base,
                         stride_ql, stride_dl, query_tile, True, lo, hi, glo, ghi, plan_base, q_tokens, scale_log2,
-                        D, D_PADDED, M, True, IEEE,
+                        D, D_PADDED, M, N, True, IEEE,
                     )  # fmt: skip
     dk_nd *= scale
     if slot < 0:

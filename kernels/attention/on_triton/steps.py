@@ -61,6 +61,32 @@ def load_intervals(lo, hi, glo, ghi, base, rows, num_rows):
 
 
 @triton.jit
+def load_bounds(lo, hi, glo, ghi, base, rows, num_rows, first_key, listed, N: tl.constexpr):
+    """The intervals of queries inside one tile of keys: four ends, counted from its first key, a byte each.
+
+    One register in place of four, where a thread works on many queries.
+    """
+    tl.static_assert(N <= 128)
+    lo_m, hi_m, glo_m, ghi_m = load_intervals(lo, hi, glo, ghi, base, rows, num_rows)
+    end = tl.where(listed, hi_m + 1, 0)
+    shared = inside_tile(glo_m, first_key, N) << 16 | inside_tile(ghi_m, first_key, N) << 24
+    return inside_tile(lo_m, first_key, N) | inside_tile(end, first_key, N) << 8 | shared
+
+
+@triton.jit
+def inside_tile(keys, first_key, N: tl.constexpr):
+    """Counted from the first key of the tile, 0 to N."""
+    return tl.minimum(tl.maximum(keys - first_key, 0), N)
+
+
+@triton.jit
+def is_within_bounds(keys, bounds):
+    """bool: as `is_visible`, for keys counted from the first of the tile and the bounds that `load_bounds` gives."""
+    own = ((bounds & 255) <= keys) & (keys < (bounds >> 8 & 255))
+    return own | ((bounds >> 16 & 255) <= keys) & (keys < (bounds >> 24 & 255))
+
+
+@triton.jit
 def key_tile_of(n, runs, PARTIAL: tl.constexpr):
     """The n-th of the full, or of the partial, key tiles of a tile of queries; `runs` points to its three runs."""
     first = 0
