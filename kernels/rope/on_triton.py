@@ -36,17 +36,27 @@ def rotate(
         return q_out, k_out
     rotate_heads[(batch * num_tiles,)](
         q, k, q_out, k_out, positions, frequencies.contiguous(), *_strides(q), *_strides(k), *_strides(q_out),
-        *_strides(k_out), positions.stride(0), positions.stride(1), scaling, num_heads, k.shape[1], num_tokens,
-        num_tiles, **constants(len(frequencies)), INVERSE=inverse, num_warps=NUM_WARPS,
+        *_strides(k_out), positions.stride(0), positions.stride(1), scaling, num_tokens, num_tiles,
+        **constants(num_heads, k.shape[1], len(frequencies)), INVERSE=inverse, num_warps=NUM_WARPS,
     )  # fmt: skip
     for x, out in ((q, q_out), (k, k_out)):
         out[..., 2 * len(frequencies) :] = x[..., 2 * len(frequencies) :]
     return q_out, k_out
 
 
-def constants(num_pairs: int) -> dict[str, int]:
-    """What the kernel is compiled for, beside the direction."""
-    return {"PAIRS": num_pairs, "PAIRS_PADDED": triton.next_power_of_2(num_pairs), "M": TOKENS_OF_A_TILE}
+def constants(num_heads: int, kv_heads: int, num_pairs: int) -> dict[str, int]:
+    """What the kernel is compiled for, beside the direction.
+
+    Numbers of heads, as the interpreter of Triton 3.6 loops over no others; a model has one pair of them.
+    """
+    padded = triton.next_power_of_2(num_pairs)
+    return {
+        "NUM_HEADS": num_heads,
+        "KV_HEADS": kv_heads,
+        "PAIRS": num_pairs,
+        "PAIRS_PADDED": padded,
+        "M": TOKENS_OF_A_TILE,
+    }
 
 
 def _like(x: Tensor) -> Tensor:
@@ -63,8 +73,8 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 def rotate_heads(
     q, k, q_out, k_out, position_ids, frequencies, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
     stride_qob, stride_qoh, stride_qol, stride_kob, stride_koh, stride_kol, stride_pb, stride_pl, scaling,
-    num_heads, kv_heads, num_tokens, num_tiles, PAIRS: tl.constexpr, PAIRS_PADDED: tl.constexpr, M: tl.constexpr,
-    INVERSE: tl.constexpr,
+    num_tokens, num_tiles, NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr, M: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens: all heads of q and k."""
     program = tl.program_id(0)
@@ -77,13 +87,13 @@ def rotate_heads(
     cos, sin = cos * scaling, sin * scaling
     if INVERSE:
         sin = -sin
-    for head in range(0, num_heads):
+    for head in range(0, NUM_HEADS):
         rotate_tile(
             q + b * stride_qb + tl.cast(head, tl.int64) * stride_qh, stride_ql,
             q_out + b * stride_qob + tl.cast(head, tl.int64) * stride_qoh, stride_qol, tokens, num_tokens, cos, sin,
             PAIRS, PAIRS_PADDED,
         )  # fmt: skip
-    for head in range(0, kv_heads):
+    for head in range(0, KV_HEADS):
         rotate_tile(
             k + b * stride_kb + tl.cast(head, tl.int64) * stride_kh, stride_kl,
             k_out + b * stride_kob + tl.cast(head, tl.int64) * stride_koh, stride_kol, tokens, num_tokens, cos, sin,

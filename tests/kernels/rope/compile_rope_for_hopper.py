@@ -16,7 +16,7 @@ INTEGERS = {"position_ids": "*i64", "frequencies": "*i64", "scaling": "fp32"}
 
 def compile_rotation(num_pairs, inverse=False, dtype="*bf16"):
     kernel = on_triton.rotate_heads
-    values = on_triton.constants(num_pairs) | {"INVERSE": inverse}
+    values = on_triton.constants(32, 8, num_pairs) | {"INVERSE": inverse}
     signature = {}
     for argument in kernel.arg_names:
         kind = dtype if argument in ("q", "k", "q_out", "k_out") else INTEGERS.get(argument, "i32")
