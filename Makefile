@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install install-dev quickstart test test-faults test-services soak bench-engine bench-tracking lint clean help
+.PHONY: install install-dev quickstart test test-faults test-services soak bench-engine bench-tracking bench-kernels lint clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -43,6 +43,10 @@ bench-engine: $(VENV)/.installed-dev  ## Speed of the engine beside DVC, Snakema
 
 bench-tracking: $(VENV)/.installed-dev  ## Step time of a training while MLflow is down, slow or failing; OUTPUT=FILE.json
 	$(BIN)/python tests/benchmarks/tracking_outage.py --output $(or $(OUTPUT),build/tracking_outage.json)
+
+PRESET ?= core
+bench-kernels: $(VENV)/.installed-dev  ## Speed of attention on this machine's GPU, other libraries beside it; PRESET=full
+	$(BIN)/python tests/benchmarks/kernels_speed.py --preset $(PRESET) $(if $(DEVICE),--device $(DEVICE)) --output $(or $(OUTPUT),build/kernels_speed.json)
 
 lint: $(VENV)/.installed-dev  ## ruff, pyright and import-linter
 	$(BIN)/ruff check .
