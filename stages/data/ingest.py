@@ -1,7 +1,7 @@
 """Reads files and data sets into Documents, each text once.
 
-Reads one input slot a source (see `ropewalk.stages.data.reading.readers`). Writes Documents in the order of the sources,
-then of the files, then of the records.
+Reads one input slot a source (see `ropewalk.stages.data.reading.readers`). Writes Documents in the order of the
+sources, then of the files, then of the records.
 
 Lost: documents that cannot be decoded (`undecodable`), hold a NUL character, which no text does (`nul_bytes`), hold
 white space only (`empty`), are outside the size limits (`too_short`, `too_long`), or have the same text, by SHA-256, as
