@@ -8,14 +8,12 @@ Shape legend: B batch, H query heads, G key/value heads, L query tokens, S key t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import rectangle
 from .folding import fold, unfold
+from .gradient import differentiable
 from .pieces import Piece
 from .plan import AttentionPlan
 
@@ -25,8 +23,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
 
     A query that sees nothing gives out 0 and lse -inf, and all its gradients are 0.
     """
-    folded = (fold(x, plan.plan_heads, q.shape[1]) for x in (q, k, v))
-    out, lse = _SegmentedAttention.apply(*folded, plan, scale)
+    q_, k_, v_ = (fold(x, plan.plan_heads, q.shape[1]) for x in (q, k, v))
+    out, lse = differentiable(_forward, _gradients, q_, k_, v_, plan, scale)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
@@ -55,30 +53,26 @@ def _backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-class _SegmentedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, plan, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor | None, ...]:
-        dout, dlse = grad_outputs
-        q, k, v, out, lse = ctx.saved_tensors
-        dq = dk = dv = None
-        if dout is not None:
-            dq, dk, dv = _backward(dout, q, k, v, out, lse, ctx.plan, ctx.scale)
-        if dlse is not None:
-            dq_lse, dk_lse = _lse_bwd(dlse, q, k, lse, ctx.plan, ctx.scale)
-            dq = dq_lse if dq is None else dq + dq_lse
-            dk = dk_lse if dk is None else dk + dk_lse
-        return dq, dk, dv, None, None
+def _gradients(
+    dout: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k and v for gradients of out and of lse, where given."""
+    dq = dk = dv = None
+    if dout is not None:
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, plan, scale)
+    if dlse is not None:
+        dq_lse, dk_lse = _lse_bwd(dlse, q, k, lse, plan, scale)
+        dq = dq_lse if dq is None else dq + dq_lse
+        dk = dk_lse if dk is None else dk + dk_lse
+    return dq, dk, dv
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:

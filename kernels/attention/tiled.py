@@ -11,13 +11,13 @@ visit: h query heads, g key/value heads, m queries, n keys.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .folding import fold, unfold
+from .gradient import differentiable
 from .plan import AttentionPlan
 from .tiles import BEGIN, END, FULL_BEGIN, FULL_END, TilePlan
 
@@ -42,8 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
 
     A query that sees nothing gives out 0 and lse -inf, and all its gradients are 0.
     """
-    folded = (fold(x, plan.plan_heads, q.shape[1]) for x in (q, k, v))
-    out, lse = _TiledAttention.apply(*folded, plan, scale)
+    q_, k_, v_ = (fold(x, plan.plan_heads, q.shape[1]) for x in (q, k, v))
+    out, lse = differentiable(_forward, _backward, q_, k_, v_, plan, scale)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
@@ -54,29 +54,6 @@ def attention_bwd(
     dout_, q_, k_, v_, out_, lse_ = (fold(x, plan.plan_heads, q.shape[1]) for x in (dout, q, k, v, out, lse))
     dq, dk, dv = _backward(dout_, q_, k_, v_, out_, lse_, None, plan, scale)
     return dq.reshape(q.shape), unfold(dk, k.shape), unfold(dv, v.shape)
-
-
-class _TiledAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, plan, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor | None, ...]:
-        dout, dlse = grad_outputs
-        q, k, v, out, lse = ctx.saved_tensors
-        if dout is None and dlse is None:
-            return None, None, None, None, None
-        dout = torch.zeros_like(out) if dout is None else dout
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, dlse, ctx.plan, ctx.scale)
-        return dq, dk, dv, None, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
@@ -95,7 +72,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float)
 
 
 def _backward(
-    dout: Tensor,
+    dout: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -105,7 +82,8 @@ def _backward(
     plan: AttentionPlan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for gradients of out and, if given, of lse."""
+    """Gradients of q, k and v for gradients of out and of lse, where given."""
+    dout = torch.zeros_like(out) if dout is None else dout
     working = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros(x.shape, dtype=working, device=x.device) for x in (q, k, v))
     for visit in visits(plan):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..gradient import differentiable
 from ..plan import AttentionPlan
 from ..tiles import TileLists, TilePlan
 from . import sizes as tile_sizes
@@ -32,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
     A query that sees nothing gives out 0 and lse -inf, and all its gradients are 0.
     """
     check(q)
-    return _TritonAttention.apply(q, k, v, plan, scale)
+    return differentiable(_forward, _backward, q, k, v, plan, scale)
 
 
 def attention_bwd(
@@ -51,28 +51,6 @@ def check(q: Tensor) -> None:
         raise ValueError(f"triton attention takes a head_dim of {', '.join(map(str, HEAD_DIMS))}, got {q.shape[-1]}")
 
 
-class _TritonAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, plan, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor | None, ...]:
-        dout, dlse = grad_outputs
-        if dout is None and dlse is None:
-            return None, None, None, None, None
-        q, k, v, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        return *_backward(dout, q, k, v, out, lse, dlse, ctx.plan, ctx.scale), None, None
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     size = _sizes(q, plan).forward
@@ -88,7 +66,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float)
 
 
 def _backward(
-    dout: Tensor,
+    dout: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -98,6 +76,7 @@ def _backward(
     plan: AttentionPlan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dout = torch.zeros_like(out) if dout is None else dout
     dout, q, k, v, out = (_unit_stride(x) for x in (dout, q, k, v, out))
     delta, lse_log2 = _row_sums(dout, out, lse, dlse)
     dk, dv = _backward_keys(dout, q, k, v, delta, lse_log2, plan, scale)
