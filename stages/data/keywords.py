@@ -255,7 +255,7 @@ def run(config: QuestConfig, inputs: Mapping[str, Path], output: Output, context
     info = load_tokenizer_info(inputs["tokens"])
     groups, counts = group_documents(config, inputs["documents"], context)
     num_units = len(shard_paths(groups, "neighbours"))
-    gathered = gather_tokens(context, inputs["tokens"], groups, info)
+    gathered = gather_tokens(context, inputs["tokens"], groups, info, slot="documents")
     job = Job(NAME, config, info, make_walk, num_units == 1)
     shards = map_job(context, job, partial(_build_unit, job, groups, gathered), range(num_units))
     details = {**counts, **walk_details(shards)}

@@ -60,16 +60,18 @@ class GatheredTokens:
         return Corpus(doc_ids, offsets, found.ids, np.zeros(len(doc_ids), np.int64), found.targets)
 
 
-def gather_tokens(context: Context, tokens: Path, neighbours: Path, info: TokenizerInfo) -> GatheredTokens:
+def gather_tokens(
+    context: Context, tokens: Path, neighbours: Path, info: TokenizerInfo, *, slot: str = "neighbours"
+) -> GatheredTokens:
     """Sort a Tokens artifact by the clusters of a neighbours artifact, in scratch.
 
     Documents of the neighbours that have no tokens are allowed; a document with tokens that the neighbours lack is a
-    ValueError, because nothing would ever retrieve it.
+    ValueError that names `slot`, where they come from, because nothing would ever retrieve it.
     """
     table = context.work / "places"
     if not (table / "numbers.npy").exists():
         _write_places(table, neighbours)
-    sort = partial(_sort_shard, table, info.vocab_size)
+    sort = partial(_sort_shard, table, info.vocab_size, slot)
     shards = {path.name: path for path in shard_paths(tokens, "tokens")}
     found = list(map_shards(context, sort, shards, label="gathered", unit="token shards"))
     return GatheredTokens(tuple(shard.folder for shard in found))
@@ -106,13 +108,13 @@ def _write_places(folder: Path, neighbours: Path) -> None:
         temporary.rename(folder / f"{name}.npy")
 
 
-def _sort_shard(places: Path, vocab_size: int, path: Path, folder: Path) -> dict[str, int]:
+def _sort_shard(places: Path, vocab_size: int, slot: str, path: Path, folder: Path) -> dict[str, int]:
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    clusters, numbers = _look_up(places, table.column("doc_id").to_pylist())
+    clusters, numbers = _look_up(places, table.column("doc_id").to_pylist(), slot)
     ids: Any = table.column("input_ids").combine_chunks().flatten().to_numpy()
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(f"{path} holds token ids outside the vocabulary of {vocab_size}: encode it anew")
@@ -128,7 +130,7 @@ def _sort_shard(places: Path, vocab_size: int, path: Path, folder: Path) -> dict
     return {"num_documents": table.num_rows, "num_tokens": len(ids)}
 
 
-def _look_up(places: Path, doc_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _look_up(places: Path, doc_ids: list[str], slot: str) -> tuple[np.ndarray, np.ndarray]:
     import numpy as np
 
     hashes, clusters, numbers = (
@@ -138,8 +140,8 @@ def _look_up(places: Path, doc_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
     found = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
     if len(missing := np.flatnonzero(hashes[found] != wanted)):
         raise ValueError(
-            f"slot neighbours lacks {doc_ids[int(missing[0])]!r} and {len(missing) - 1} more documents of a shard of "
-            "slot tokens: make the neighbours from the same documents"
+            f"slot {slot} lacks {doc_ids[int(missing[0])]!r} and {len(missing) - 1} more documents of a shard of slot "
+            "tokens: make both from the same documents"
         )
     return np.asarray(clusters[found]), np.asarray(numbers[found])
 
