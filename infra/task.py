@@ -227,7 +227,12 @@ def _attempt(task: Task, make_context: MakeContext, report: Report, stop: Stop, 
         if stop():
             raise StoppedError("stopped when it was asked to")
     if hasattr(stage, "check"):
-        stage.check(task.config, attempt.data)
+        try:
+            stage.check(task.config, attempt.data)
+        except Exception:
+            # What is broken may come from scratch, and the next attempt would take it from there again.
+            _drop_work(task, lease)
+            raise
     lease.confirm()
     record = {**task.record, "run_id": task.run_id, "code": modules, "seconds": time.monotonic() - started}
     return store.commit(attempt, record, number=task.commit_number)

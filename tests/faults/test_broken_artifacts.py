@@ -36,14 +36,14 @@ def shorten_a_row(path):
 def test_a_broken_artifact_fails_its_step_by_file_and_field_and_is_kept(
     tmp_path, pipeline, monkeypatch, break_it, message
 ):
-    write = schema.write_table
+    write = schema.write_shard
 
     def broken(folder, name, *rest, **options):
-        total = write(folder, name, *rest, **options)
-        break_it(folder / f"{name}-00000.parquet")
-        return total
+        path = write(folder, name, *rest, **options)
+        break_it(path)
+        return path
 
-    monkeypatch.setattr("ropewalk.stages.data.packing.rows.write_table", broken)
+    monkeypatch.setattr("ropewalk.stages.data.packing.units.write_shard", broken)
     result = run(pipeline, tmp_path / "store")
     (step,) = result.steps
     assert (result.status, step.status) == ("failed", "failed")
