@@ -118,7 +118,7 @@ def _chosen(implementation: Implementation, q: Tensor, plan: AttentionPlan) -> I
         return implementation
     if q.device.type == "cuda" and q.dtype in TRITON_DTYPES and q.shape[-1] in TRITON_HEAD_DIMS:
         return "triton"
-    if plan.blocks is None and plan.num_breaks() * QUERIES_OF_A_PIECE <= plan.lo.numel():
+    if plan.blocks is None and plan.num_breaks * QUERIES_OF_A_PIECE <= plan.lo.numel():
         return "segmented"
     return "tiled"
 

@@ -250,10 +250,11 @@ class AttentionPlan:
             raise ValueError("a plan with block lists has no pieces: use its tiles")
         return decompose([(start.flatten(0, 1), stop.flatten(0, 1)) for start, stop in self.intervals()])
 
+    @cached_property
     def num_breaks(self) -> int:
         """Queries that see neither the keys of the one before nor those and the next one, the first of a row excepted.
 
-        So many pieces there are, or about, beyond one a row; without cutting them.
+        So many pieces there are, or about, beyond one a row; without cutting them. Worked out once.
         """
         changes = self.lo.diff(dim=-1) != 0
         changes |= ~torch.isin(self.hi.diff(dim=-1), torch.tensor([0, 1], device=self.device))

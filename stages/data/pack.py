@@ -122,8 +122,6 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Output, context:
     rest = partial(build_rest, config, info, len(units))
     shards = map_units(context, partial(build_unit, config, info), units, build_rest=rest)
     counts = sum_counts(shards)
-    if not counts["num_rows"] and counts["num_tokens_dropped_partial_row"]:
-        raise ValueError('partial_row="drop" drops the only row: the tokens do not fill row_tokens once')
     positions = max(1, counts["num_rows"] * (config.row_tokens - 1))
     utilisation = round(1 - counts["num_tokens_padding"] / positions, 6)
     context.log({"utilisation_fraction": utilisation})

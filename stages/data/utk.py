@@ -53,7 +53,6 @@ from ropewalk.stages.data.packing.units import (
     load_tokenizer_info,
     load_tokens,
     map_units,
-    sum_counts,
     token_units,
 )
 from ropewalk.stages.data.vocabulary import tokenizer_digest, tokenizer_folder
@@ -110,9 +109,6 @@ def run(config: UtkConfig, inputs: Mapping[str, Path], output: Output, context: 
     build = partial(build_unit, config, info, markers, folder)
     rest = partial(build_rest, config, info, markers, folder, len(units))
     shards = map_units(context, build, units, build_rest=rest)
-    counts = sum_counts(shards)
-    if not counts["num_rows"] and counts["num_tokens_dropped_partial_row"]:
-        raise ValueError('partial_row="drop" drops the only row: the tokens do not fill row_tokens once')
     finish_rows(
         output,
         context,

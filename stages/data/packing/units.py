@@ -192,6 +192,8 @@ def finish_rows(
     started = time.monotonic()
     counts = sum_counts(shards)
     ends = np.cumsum([0, *(shard.counts["num_rows"] for shard in shards)])
+    if not ends[-1] and counts.get("num_tokens_dropped_partial_row"):
+        raise ValueError('partial_row="drop" drops the only row: the tokens do not fill row_tokens once')
     if not ends[-1]:
         raise ValueError(f"{name} has no tokens to lay into rows: every document of slot tokens is empty")
     order = seeded_rng(seed, name, "rows").permutation(int(ends[-1]))[:num_rows]
