@@ -175,6 +175,7 @@ class AttentionPlan:
             object.__setattr__(moved, name, getattr(self, name).to(device))
         object.__setattr__(moved, "blocks", None if self.blocks is None else self.blocks.to(device))
         object.__setattr__(moved, "_tiles", {})
+        object.__setattr__(moved, "_windows", {})
         return moved
 
     def visible(self) -> Tensor:
@@ -271,6 +272,25 @@ class AttentionPlan:
 
     @cached_property
     def _tiles(self) -> dict[tuple[int, int], TilePlan]:
+        return {}
+
+    def within_window(self, window_tokens: int) -> AttentionPlan:
+        """The same plan less the keys `window_tokens` or more places before the query: what sliding-window layers see.
+
+        Query i stands at key i + S - L: with more keys than queries (a KV cache) the queries are the last. Worked out
+        once for each window, so that layers share it. Raises ValueError for a window below 1.
+        """
+        if window_tokens < 1:
+            raise ValueError(f"window_tokens must be at least 1, got {window_tokens}")
+        if window_tokens not in self._windows:
+            place = torch.arange(self.k_tokens - self.q_tokens, self.k_tokens, dtype=torch.int32, device=self.device)
+            first = (place - (window_tokens - 1)).clamp(min=0)
+            narrowed = {"lo": torch.maximum(self.lo, first), "glo": torch.maximum(self.glo, first)}
+            self._windows[window_tokens] = replace(self, **narrowed)
+        return self._windows[window_tokens]
+
+    @cached_property
+    def _windows(self) -> dict[int, AttentionPlan]:
         return {}
 
     @classmethod

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ropewalk.stages.episodes import EpisodeWriter
+from ropewalk.stages.training.attention import AttentionImplementation, register
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +44,14 @@ def equal_length(batch: Sequence[Sequence[int]]) -> int:
 class HuggingFaceBackend:
     """A causal language model from a Hugging Face folder, on the GPU if there is one."""
 
-    def __init__(self, folder: Path, *, precision: Precision = "float32", chunk_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        precision: Precision = "float32",
+        attention: AttentionImplementation = "ropewalk",
+        chunk_tokens: int = 8192,
+    ) -> None:
         """Load the model. `chunk_tokens` bounds the logits held at once by `token_losses`, not its results.
 
         Raises ValueError if the folder lacks weights.
@@ -51,12 +59,13 @@ class HuggingFaceBackend:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
+        register()
         self._chunk_tokens = chunk_tokens
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, precision),
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             local_files_only=True,
             output_loading_info=True,
         )

@@ -49,9 +49,10 @@ from ropewalk.stages.schema import (
     write_table,
 )
 from ropewalk.stages.shards import map_shards
+from ropewalk.stages.training.attention import AttentionImplementation
 
 NAME = "evaluate"
-VERSION = 1
+VERSION = 2
 
 RECORDS_FILE = "records.json"
 check = check_predictions
@@ -80,6 +81,9 @@ class EvaluateConfig(Analysis):
     """Prompts of one forward pass. Part of the config because it moves the last bits of a loss."""
     precision: Precision = "float32"
     """Of weights and activations."""
+    attention_implementation: AttentionImplementation = "ropewalk"
+    """What works attention out: our kernels, torch's own, or the model's code for what ours refuses (soft caps, sinks).
+    """
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateConfig:
@@ -177,7 +181,11 @@ class UnitRunner:
             self._material = load_material(self.config, self.inputs, self.info)
         if self._backend is None or self._backend[0] != unit.model:
             self._backend = None  # frees the last model before the next is loaded
-            backend = HuggingFaceBackend(self.inputs[unit.model], precision=self.config.precision)
+            backend = HuggingFaceBackend(
+                self.inputs[unit.model],
+                precision=self.config.precision,
+                attention=self.config.attention_implementation,
+            )
             self._backend = (unit.model, backend)
         if isinstance(unit, LossUnit):
             return measure_losses(unit.indices, self.config, self._backend[1], self._material)

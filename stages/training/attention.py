@@ -5,15 +5,15 @@
 layer as a keyword argument, so models stay unchanged and gradient checkpointing works. Masks never come from position
 ids: transformers would take every jump in them for a new document, and methods that skip positions jump on purpose.
 
-What attention of ours cannot honour it refuses: padding masks, dropout, soft caps, sliding windows shorter than the
-keys, static KV caches.
+A layer's own sliding window narrows the plan. What attention of ours cannot honour it refuses: padding masks, dropout,
+soft caps, static KV caches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ropewalk.kernels.attention import AttentionPlan
 
 ATTENTION_NAME = "ropewalk"
+AttentionImplementation = Literal["ropewalk", "sdpa", "eager"]
+"""Names known to transformers once `register()` was called: ours, torch's, and the model's own code, which holds all
+scores at once and alone knows soft caps and sinks."""
 
 
 def register() -> None:
@@ -134,19 +137,17 @@ def attention_forward(
         "a position bias": kwargs.get("position_bias") is not None,
         "output_attentions": bool(kwargs.get("output_attentions")),
         "bidirectional layers": not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False,
-        # A sliding cache returns at most a window of keys to a single query, which then sees them all.
-        f"sliding_window={sliding_window} over {key.shape[2]} keys (set it to None in the model's config)": (
-            sliding_window is not None and key.shape[2] > sliding_window
-        ),
     }
     if reasons := [what for what, given in refused.items() if given]:
-        raise ValueError(f"attention {ATTENTION_NAME!r} cannot honour {', '.join(reasons)}")
+        raise ValueError(f"attention {ATTENTION_NAME!r} cannot honour {', '.join(reasons)}: use 'eager'")
     if torch.is_autocast_enabled(query.device.type):
         # As torch does for its own attention: norms and rotary embeddings leave q and k in fp32, v is bfloat16.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attention_plan is None:
         attention_plan = _causal_plan(query.shape[0], query.shape[2], key.shape[2], query.device)
+    if sliding_window is not None and key.shape[2] > sliding_window:
+        attention_plan = attention_plan.within_window(sliding_window)
     out, _ = sparse_attention(query, key, value, attention_plan, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 

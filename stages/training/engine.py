@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from ropewalk.stages.training.loss import WeightedLoss
     from ropewalk.stages.training.train import TrainConfig
 
 BUCKET_ELEMENTS = 500_000_000
@@ -110,14 +111,17 @@ def partitioned_loading(config: TrainConfig) -> Iterator[None]:
     del active
 
 
-def build_engine(module: torch.nn.Module, config: TrainConfig) -> Any:
-    """The DeepSpeed engine for a module whose forward pass returns a loss."""
+def build_engine(module: WeightedLoss, config: TrainConfig) -> Any:
+    """The DeepSpeed engine for a model whose forward pass ends in the loss."""
     import deepspeed
     import torch
 
     optimizer = torch.optim.AdamW(
         parameter_groups(module, config.weight_decay), lr=config.learning_rate, betas=config.adam_betas
     )
+    if config.zero_stage == 3:
+        # The loss reads it outside of the module that owns it.
+        deepspeed.zero.register_external_parameter(module, module.model.get_output_embeddings().weight)
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()]
     # Its reports of memory in use are no part of a command's answer.
     with redirect_stdout(sys.stderr):

@@ -32,6 +32,7 @@ from ropewalk.stages.training.engine import (
 from ropewalk.stages.training.export import export_model
 from ropewalk.stages.training.loss import MicroBatch, WeightedLoss
 from ropewalk.stages.training.model import build_model, load_model, seed_everything
+from ropewalk.stages.training.rotary import rotate_exactly
 from ropewalk.stages.training.rows import Row, RowOrder, RowTable, micro_batches, share
 from ropewalk.stages.training.schedule import learning_rate
 from ropewalk.stages.training.train import TrainConfig
@@ -210,12 +211,6 @@ class _Rank:
 
     def _collate(self, rows: Sequence[Row]) -> tuple[MicroBatch, Any]:
         row_tokens = len(rows[0].input_ids)
-        override = self.job.config.attention
-        plan = attention.plan_for_rows(
-            [row.attention if override == "rows" else override for row in rows],
-            [row.segments for row in rows],
-            row_tokens,
-        )
         positions = torch.arange(row_tokens)
         batch = MicroBatch(
             input_ids=torch.stack([torch.as_tensor(row.input_ids.astype("int64")) for row in rows]),
@@ -228,7 +223,15 @@ class _Rank:
             targets=torch.stack([torch.as_tensor(row.targets()) for row in rows]),
             inserted=torch.stack([torch.as_tensor(row.inserted_targets()) for row in rows]),
         )
-        return batch.to(self.device), plan.to(self.device)
+        return batch.to(self.device), self._plan(rows, row_tokens)
+
+    def _plan(self, rows: Sequence[Row], row_tokens: int) -> Any:
+        """Which tokens see which; None for torch's own attention, which `prepare` allowed for causal rows alone."""
+        config = self.job.config
+        if config.attention_implementation != attention.ATTENTION_NAME:
+            return None
+        policies = [row.attention if config.attention == "rows" else config.attention for row in rows]
+        return attention.plan_for_rows(policies, [row.segments for row in rows], row_tokens).to(self.device)
 
     def _report(self, entry: dict[str, float], **measured: float) -> None:
         if self.worker.rank == 0:
@@ -251,7 +254,9 @@ def _model(job: Job) -> Any:
     attention.register()
     if job.checkpoint is None:
         assert config.model is not None
-        model = build_model(config.model, job.tokenizer, job.window, config.seed)
+        model = build_model(
+            config.model, job.tokenizer, job.window, config.seed, attention=config.attention_implementation
+        )
     else:
         with partitioned_loading(config):
             model = load_model(
@@ -262,7 +267,10 @@ def _model(job: Job) -> Any:
                 dtype=config.dtype,
                 seed=config.seed,
                 trust_remote_code=config.trust_remote_code,
+                attention=config.attention_implementation,
             )
+    if config.enable_exact_rope:
+        rotate_exactly(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

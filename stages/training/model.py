@@ -1,6 +1,6 @@
 """Hugging Face models: build at random, load from a checkpoint, grow the vocabulary, change the position method.
 
-All models run on attention "ropewalk" (`attention.py`), so that each row is masked by its own plan.
+Models run on attention "ropewalk" (`attention.py`) unless told otherwise, so that each row is masked by its own plan.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from ropewalk.stages.schema import Record, TokenizerInfo, stable_id
+from ropewalk.stages.training.attention import AttentionImplementation
 from ropewalk.stages.training.rope import RopeConfig, extended_parameters, extended_window, original_window
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
-
-ATTENTION = "ropewalk"
 
 
 class ModelConfig(Record):
@@ -47,7 +46,13 @@ class ModelConfig(Record):
         return self
 
 
-def build_model(config: ModelConfig, tokenizer: TokenizerInfo, window: int, seed: int) -> PreTrainedModel:
+def build_model(
+    config: ModelConfig,
+    tokenizer: TokenizerInfo,
+    window: int,
+    seed: int,
+    attention: AttentionImplementation = "ropewalk",
+) -> PreTrainedModel:
     """A float32 model on the CPU with the same weights in every process.
 
     Every rank holds it whole, also under ZeRO stage 3; models too large for that start from a checkpoint.
@@ -69,7 +74,7 @@ def build_model(config: ModelConfig, tokenizer: TokenizerInfo, window: int, seed
         eos_token_id=tokenizer.eos_token_id,
     )
     seed_everything("initial weights", seed)
-    return AutoModelForCausalLM.from_config(llama, attn_implementation=ATTENTION)
+    return AutoModelForCausalLM.from_config(llama, attn_implementation=attention)
 
 
 def load_model(
@@ -81,6 +86,7 @@ def load_model(
     dtype: str,
     seed: int,
     trust_remote_code: bool,
+    attention: AttentionImplementation = "ropewalk",
 ) -> PreTrainedModel:
     """A checkpoint with the position method applied and rows of embeddings for every token id.
 
@@ -96,7 +102,7 @@ def load_model(
         folder,
         config=config,
         dtype=getattr(torch, dtype),
-        attn_implementation=ATTENTION,
+        attn_implementation=attention,
         trust_remote_code=trust_remote_code,
         local_files_only=True,
     )

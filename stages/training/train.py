@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 from ropewalk.stages.checks import check_checkpoint
 from ropewalk.stages.context import Context, Output
 from ropewalk.stages.schema import Artifact, Record, TokenizerInfo, read_artifact, write_artifact
+from ropewalk.stages.training.attention import AttentionImplementation
 from ropewalk.stages.training.model import ModelConfig
 from ropewalk.stages.training.rope import RopeConfig
 from ropewalk.stages.training.rows import RowSpec, policies, unpack
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from ropewalk.stages.training.loop import Job, Measured, PhaseRows
 
 NAME = "train"
-VERSION = 1
+VERSION = 2
 check = check_checkpoint
 
 
@@ -65,7 +66,8 @@ class TrainConfig(Record):
     micro_batch_tokens: int = Field(default=8192, gt=0)
     """Most tokens of one forward pass on one rank; a longer row goes alone. Bounds activation memory."""
     loss_chunk_tokens: int = Field(default=8192, gt=0)
-    """Most tokens whose logits exist at once; beyond it they are made twice. Bounds memory at long windows."""
+    """Most targets whose logits exist at once; they are made twice. Bounds memory at long windows and large
+    vocabularies."""
     learning_rate: float = Field(gt=0)
     """Peak of the schedule."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -84,6 +86,12 @@ class TrainConfig(Record):
     """What each token sees. With rows, each row's own policy; the others must agree with the rows or give a reason."""
     override_attention_reason: str | None = None
     """Why `attention` may contradict the rows."""
+    attention_implementation: AttentionImplementation = "ropewalk"
+    """What works it out: our kernels, which skip what is not seen; for rows of policy causal alone also torch's own, or
+    the model's code for what ours refuses (soft caps, sinks)."""
+    enable_exact_rope: bool = True
+    """Turn q and k by exact angles in float32, rounded once; false leaves it to the model's own code, which rounds cos
+    and sin to `dtype` first."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed divides among ranks: nothing, optimiser, + gradients, + weights."""
     world_size: int = Field(default=2, gt=0)
@@ -191,6 +199,12 @@ def _check_batch(config: TrainConfig, slot: str, artifact: Artifact) -> None:
 
 
 def _check_attention(config: TrainConfig, slot: str, found: set[str]) -> None:
+    needed = found if config.attention == "rows" else {config.attention}
+    if config.attention_implementation != "ropewalk" and needed != {"causal"}:
+        raise ValueError(
+            f"attention_implementation {config.attention_implementation!r} is causal, but input {slot!r} needs "
+            f"{', '.join(sorted(needed))}: use 'ropewalk'"
+        )
     wrong = found - {config.attention}
     if config.attention != "rows" and wrong and config.override_attention_reason is None:
         raise ValueError(
@@ -239,6 +253,7 @@ def _artifact(job: Job, measured: Measured) -> Artifact:
             "max_position_embeddings": written.get("max_position_embeddings"),
             "windows": [phase.row_tokens for phase in job.phases],
             "attention": config.attention,
+            "attention_implementation": config.attention_implementation,
             "override_attention_reason": config.override_attention_reason,
         },
     )

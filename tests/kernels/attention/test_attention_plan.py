@@ -56,6 +56,25 @@ def test_stacking_refuses_none_and_unequal_lengths():
         AttentionPlan.stack([causal(1, 4), causal(1, 5)])
 
 
+@given(SIZES, st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_within_a_window_a_query_sees_what_it_saw_of_the_last_keys_before_it(sizes, window_tokens):
+    plan = random_plan(*sizes)
+    mask, narrowed = plan.visible(), plan.within_window(window_tokens).visible()
+    for i in range(plan.q_tokens):
+        place = i + plan.k_tokens - plan.q_tokens
+        for j in range(plan.k_tokens):
+            expected = mask[:, :, i, j] if place - j < window_tokens else torch.zeros_like(mask[:, :, i, j])
+            assert torch.equal(narrowed[:, :, i, j], expected)
+
+
+def test_a_window_is_worked_out_once_and_must_hold_a_key():
+    plan = causal(1, 5)
+    assert plan.within_window(2) is plan.within_window(2)
+    with pytest.raises(ValueError, match="window_tokens must be at least 1, got 0"):
+        plan.within_window(0)
+
+
 def test_moving_a_plan_keeps_its_mask():
     plan = causal(1, 5)
     assert torch.equal(plan.to("cpu").visible(), plan.visible())

@@ -62,6 +62,12 @@ def test_token_losses_equal_a_naive_loop(backend, folder, prompts):
     np.testing.assert_allclose(backend.token_losses([prompt])[0], naive, rtol=1e-4, atol=1e-5)
 
 
+def test_our_attention_gives_the_losses_and_answers_of_torchs_own(backend, folder, prompts):
+    stock = HuggingFaceBackend(folder, attention="sdpa")
+    np.testing.assert_allclose(backend.token_losses(prompts), stock.token_losses(prompts), rtol=1e-4, atol=1e-5)
+    assert backend.generate(prompts, 6) == stock.generate(prompts, 6)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 36, 37])
 def test_reading_in_chunks_changes_no_loss(backend, folder, prompts, chunk_tokens):
     chunked = HuggingFaceBackend(folder, chunk_tokens=chunk_tokens)

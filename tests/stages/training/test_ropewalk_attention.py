@@ -41,6 +41,12 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mistral, windows": (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
+    "qwen3, windows in one layer": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"sliding_window": 5, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
 }
 
 
@@ -66,8 +72,18 @@ def batch_plan():
     return plan_for_rows(["causal", "document", "anchor"], [packed] * 3, ROW_TOKENS)
 
 
-def additive_mask(plan):
-    return torch.zeros(plan.visible().shape).masked_fill(~plan.visible(), torch.finfo(torch.float32).min)
+def additive_mask(plan, window_tokens=ROW_TOKENS):
+    query, key = torch.arange(plan.q_tokens)[:, None], torch.arange(plan.k_tokens)
+    visible = plan.visible() & (query - key < window_tokens)
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
+def eager_mask(model, plan):
+    """What the model's layers take for a mask on eager attention."""
+    window = getattr(model.config, "sliding_window", None) or ROW_TOKENS
+    if len(set(getattr(model.config, "layer_types", None) or [])) > 1:
+        return {"full_attention": additive_mask(plan), "sliding_attention": additive_mask(plan, window)}
+    return additive_mask(plan, window)
 
 
 def logits_and_grads(model, ids, **options):
@@ -84,7 +100,7 @@ def test_every_family_gives_the_logits_and_gradients_of_an_explicit_mask(family)
     model = tiny_model(family)
     logits, grads = logits_and_grads(model, ids, attention_plan=plan)
     model.set_attn_implementation("eager")
-    expected_logits, expected_grads = logits_and_grads(model, ids, attention_mask=additive_mask(plan))
+    expected_logits, expected_grads = logits_and_grads(model, ids, attention_mask=eager_mask(model, plan))
     torch.testing.assert_close(logits, expected_logits)
     torch.testing.assert_close(grads, expected_grads)
     # The plan matters: plain causal attention gives something else.
@@ -169,18 +185,18 @@ def test_attention_dropout_is_refused_in_training_only():
         model.train()(ids)
 
 
-def test_a_sliding_window_shorter_than_the_row_is_refused():
-    ids = token_ids()
-    torch.testing.assert_close(
-        tiny_model("mistral", sliding_window=ROW_TOKENS)(ids).logits, tiny_model("mistral")(ids).logits
-    )
-    with pytest.raises(ValueError, match="cannot honour sliding_window=22 over 23 keys"):
-        tiny_model("mistral", sliding_window=22)(ids)
+def test_a_sliding_window_narrows_the_plan_once_for_all_layers(monkeypatch):
+    plan, model = batch_plan(), tiny_model("mistral", sliding_window=5)
+    made = []
+    monkeypatch.setattr(AttentionPlan, "__post_init__", lambda self: made.append(self))
+    model(token_ids(), attention_plan=plan, use_cache=False)
+    assert len(made) == 1
 
 
-def test_a_sliding_cache_generates_as_eager_attention_does():
+@pytest.mark.parametrize("sliding_window", [5, ROW_TOKENS, ROW_TOKENS + 3])
+def test_a_sliding_cache_generates_as_eager_attention_does(sliding_window):
     ids = token_ids()
-    model = tiny_model("mistral", sliding_window=ROW_TOKENS + 3)
+    model = tiny_model("mistral", sliding_window=sliding_window)
     options = {"max_new_tokens": 12, "do_sample": False}
     ours = model.generate(ids, **options)
     model.set_attn_implementation("eager")

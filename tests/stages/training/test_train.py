@@ -94,11 +94,16 @@ def test_losses_gradients_and_weights_are_those_of_plain_torch(given, tmp_path):
     assert_weights(found.data, expected.weights)
 
 
-def assert_weights(folder, expected):
-    import torch
+def weights_of(folder):
     from safetensors.torch import load_file
 
-    weights = load_file(folder / "model.safetensors")
+    return load_file(folder / "model.safetensors")
+
+
+def assert_weights(folder, expected):
+    import torch
+
+    weights = weights_of(folder)
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
@@ -259,6 +264,19 @@ def learned_positions(given, folder, num_positions):
     return folder
 
 
+def interleaved_rotation(given, folder):
+    """A GLM checkpoint, which turns neighbouring dims of a head, not its halves."""
+    from transformers import GlmConfig, GlmForCausalLM
+
+    settings = GlmConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=LONG, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    GlmForCausalLM(settings).save_pretrained(folder)
+    shutil.copytree(given["tokenizer"] / "tokenizer", folder, dirs_exist_ok=True)
+    return folder
+
+
 def test_dropout_resumes_bit_for_bit(given, tmp_path):
     from ropewalk.stages.training.loop import TrainingCancelledError
 
@@ -342,6 +360,43 @@ def test_attention_that_contradicts_the_rows_needs_a_reason(given, tmp_path):
     assert details["override_attention_reason"] == "to measure what masking brings"
 
 
+def test_losses_and_weights_are_those_of_torchs_own_attention(given, tmp_path):
+    inputs = inputs_of(given, "long", "checkpoint")
+    found = {
+        name: run(tmp_path / name, extension(attention_implementation=name), inputs, InProcessContext)
+        for name in ("ropewalk", "sdpa")
+    }
+    losses = {name: [entry["loss"] for entry in finished.history] for name, finished in found.items()}
+    assert losses["ropewalk"] == pytest.approx(losses["sdpa"], rel=1e-5)
+    assert_weights(found["ropewalk"].data, weights_of(found["sdpa"].data))
+    assert read_artifact(found["sdpa"].data).details["attention_implementation"] == "sdpa"
+
+
+def test_torchs_own_attention_takes_causal_rows_alone(given, tmp_path):
+    settings = extension(
+        attention_implementation="sdpa", phases=[{"rows": "documents", "num_steps": 1}], rope={"method": "none"}
+    )
+    with pytest.raises(
+        ValueError, match="'sdpa' is causal, but input 'documents' needs document: use 'ropewalk'"
+    ):
+        run(tmp_path, settings, inputs_of(given, "documents", "checkpoint"), InProcessContext)
+
+
+def test_exact_angles_can_be_left_out_and_cannot_where_the_model_turns_otherwise(given, tmp_path):
+    inputs = inputs_of(given, "long", "checkpoint")
+    losses = {
+        enabled: run(tmp_path / str(enabled), extension(enable_exact_rope=enabled), inputs, InProcessContext).history[
+            -1
+        ]["loss"]
+        for enabled in (True, False)
+    }
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    inputs["checkpoint"] = interleaved_rotation(given, tmp_path / "glm")
+    with pytest.raises(ValueError, match=r"in halves.* set enable_exact_rope to false"):
+        run(tmp_path / "refused", extension(rope={"method": "none"}), inputs, InProcessContext)
+    run(tmp_path / "left", extension(rope={"method": "none"}, enable_exact_rope=False), inputs, InProcessContext)
+
+
 @pytest.mark.parametrize(
     ("changes", "slots", "message"),
     [
@@ -402,6 +457,6 @@ def test_importing_the_stage_imports_nothing_heavy():
     code = (
         "import sys, ropewalk.stages.training.train as t; "
         "heavy = {'torch', 'transformers', 'deepspeed', 'numpy', 'pyarrow'} & set(sys.modules); "
-        "assert not heavy, heavy; assert (t.NAME, t.VERSION) == ('train', 1)"
+        "assert not heavy, heavy; assert (t.NAME, t.VERSION) == ('train', 2)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

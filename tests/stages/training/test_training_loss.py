@@ -4,6 +4,7 @@ import pytest
 import torch
 from training_examples import TINY_MODEL, VOCAB
 
+from ropewalk.kernels.loss import chunked
 from ropewalk.stages.schema import TokenizerInfo
 from ropewalk.stages.training import attention
 from ropewalk.stages.training.loss import MicroBatch, WeightedLoss
@@ -13,9 +14,9 @@ INFO = TokenizerInfo(digest="0" * 64, vocab_size=VOCAB, bos_token_id=0, eos_toke
 TOKENS = 24
 
 
-def model():
+def model(implementation="ropewalk"):
     attention.register()
-    return build_model(ModelConfig(**TINY_MODEL), INFO, TOKENS, seed=1)
+    return build_model(ModelConfig(**TINY_MODEL), INFO, TOKENS, seed=1, attention=implementation)
 
 
 def batch(num_rows=3):
@@ -46,13 +47,24 @@ def test_chunks_give_the_same_loss_and_gradients(chunk):
         torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_no_more_logits_than_a_chunk_exist_at_once():
-    module, sizes = WeightedLoss(model(), 8), []
-    module.head_is_linear = True
-    module.model.lm_head.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[0]))
+def test_no_more_logits_than_a_chunk_exist_at_once_and_none_of_what_is_no_target(monkeypatch):
+    module, made = WeightedLoss(model(), 8), []
     module(batch(), causal_plan(), 1.0, 0.0)
-    assert max(sizes) == 8
-    assert sum(sizes) == 3 * (TOKENS - 1)
+    module.model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head made logits itself"))
+    make = chunked._exponentials
+    monkeypatch.setattr(chunked, "_exponentials", lambda hidden, *rest: made.append(len(hidden)) or make(hidden, *rest))
+    module(batch(), causal_plan(), 1.0, 0.0)
+    assert max(made) == 8
+    assert sum(made) == int(batch().targets[:, 1:].sum())
+
+
+def test_a_micro_batch_without_targets_has_no_loss_and_zero_gradients():
+    module, empty = WeightedLoss(model(), 8), torch.zeros(3, TOKENS, dtype=torch.bool)
+    objective, sums = module(MicroBatch(batch().input_ids, batch().position_ids, empty, empty), causal_plan(), 1.0, 1.0)
+    objective.backward()
+    assert objective.item() == 0
+    assert sums.tolist() == [0, 0]
+    assert all(not parameter.grad.any() for parameter in module.parameters())
 
 
 def test_the_loss_is_a_weighted_sum_over_targets():
@@ -93,16 +105,17 @@ def test_a_packed_document_has_the_loss_it_has_alone():
     assert abs(loss("causal", 0, TOKENS, segments) - alone) > 1e-4
 
 
-def test_jumps_in_position_ids_hide_nothing():
-    module, ids = WeightedLoss(model(), 999), batch(1).input_ids
+@pytest.mark.parametrize("implementation", ["ropewalk", "sdpa"])
+def test_jumps_in_position_ids_hide_nothing(implementation):
+    module, ids = WeightedLoss(model(implementation), 999), batch(1).input_ids
+    plan = causal_plan(1) if implementation == "ropewalk" else None
     positions = torch.cat([torch.arange(12), torch.arange(500, 512)])[None]
     changed = ids.clone()
     changed[0, 2] = (changed[0, 2] + 1 - 3) % (VOCAB - 3) + 3
     late = torch.zeros(1, TOKENS, dtype=torch.bool)
     late[0, 14:] = True
     losses = [
-        module(MicroBatch(tokens, positions, late, late & False), causal_plan(1), 1.0, 0.0)[0].item()
-        for tokens in (ids, changed)
+        module(MicroBatch(tokens, positions, late, late & False), plan, 1.0, 0.0)[0].item() for tokens in (ids, changed)
     ]
     assert losses[0] != losses[1]
 
