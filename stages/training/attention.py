@@ -1,9 +1,10 @@
 """Attention of a training batch: each row's policy as a plan, and the door through which stock models reach it.
 
 `register()` makes `attn_implementation="ropewalk"` known to transformers. A plan then travels with each batch:
-`model(input_ids, attention_plan=plan)`; without one, attention is causal, KV caches included. The plan reaches every
-layer as a keyword argument, so models stay unchanged and gradient checkpointing works. Masks never come from position
-ids: transformers would take every jump in them for a new document, and methods that skip positions jump on purpose.
+`model(input_ids, attention_plan=plan)`; without one, attention is causal, KV caches included. A function of q and k in
+its place makes each layer a plan of its own, by an estimator of `kernels/attention/estimators`. The plan reaches layers
+as a keyword argument, so models stay unchanged and gradient checkpointing works. Masks never come from position ids:
+transformers would take every jump in them for a new document, and methods that skip positions jump on purpose.
 
 A layer's own sliding window narrows the plan. What attention of ours cannot honour it refuses: padding masks, dropout,
 soft caps, static KV caches.
@@ -11,7 +12,7 @@ soft caps, static KV caches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,7 +117,7 @@ def attention_forward(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    attention_plan: AttentionPlan | None = None,
+    attention_plan: AttentionPlan | Callable[[Tensor, Tensor], AttentionPlan] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -146,6 +147,8 @@ def attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attention_plan is None:
         attention_plan = _causal_plan(query.shape[0], query.shape[2], key.shape[2], query.device)
+    elif callable(attention_plan):
+        attention_plan = attention_plan(query, key)
     if sliding_window is not None and key.shape[2] > sliding_window:
         attention_plan = attention_plan.within_window(sliding_window)
     out, _ = sparse_attention(query, key, value, attention_plan, scale=scaling)

@@ -20,7 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ropewalk.kernels.attention import AttentionPlan, causal, document
+from ropewalk.kernels.attention import AttentionPlan, block_lists, causal, document
+from ropewalk.kernels.attention.estimators import moba
 from ropewalk.stages.training.attention import ATTENTION_NAME, plan_for_rows, register
 
 ROW_TOKENS = 23
@@ -155,6 +156,33 @@ def test_autocast_brings_queries_keys_and_values_to_one_dtype(family):
         # A cache would bring them to one dtype by itself.
         logits = model(ids, attention_plan=batch_plan(), use_cache=False).logits
     torch.testing.assert_close(logits.float(), model(ids, attention_plan=batch_plan()).logits, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_layer_may_estimate_a_plan_of_its_own(checkpointing):
+    ids, starts, plans = token_ids(batch=1, num_tokens=120), [[0]], []
+
+    def estimate(q, k):
+        lists = moba(q, k, starts, chunk_tokens=16, top_k=2, block_tokens=16)
+        plans.append(block_lists(lists, starts, 120))
+        return plans[-1]
+
+    model = tiny_model(initializer_range=0.1).train(checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    logits, grads = logits_and_grads(model, ids, attention_plan=estimate)
+    assert len(plans) == (4 if checkpointing else 2)
+    assert not torch.equal(plans[0].visible(), plans[1].visible())
+    model.gradient_checkpointing_disable()
+    layers = iter(plans[:2])
+    model.set_attn_implementation("eager")
+    for layer in model.model.layers:
+        mask = additive_mask(next(layers), 120)
+        layer.self_attn.register_forward_pre_hook(
+            lambda _module, args, given, mask=mask: (args, {**given, "attention_mask": mask}), with_kwargs=True
+        )
+    expected = logits_and_grads(model, ids)
+    torch.testing.assert_close((logits, grads), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_is_refused_and_a_full_mask_is_not():

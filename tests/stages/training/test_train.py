@@ -376,9 +376,7 @@ def test_torchs_own_attention_takes_causal_rows_alone(given, tmp_path):
     settings = extension(
         attention_implementation="sdpa", phases=[{"rows": "documents", "num_steps": 1}], rope={"method": "none"}
     )
-    with pytest.raises(
-        ValueError, match="'sdpa' is causal, but input 'documents' needs document: use 'ropewalk'"
-    ):
+    with pytest.raises(ValueError, match="'sdpa' is causal, but input 'documents' needs document: use 'ropewalk'"):
         run(tmp_path, settings, inputs_of(given, "documents", "checkpoint"), InProcessContext)
 
 
