@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +18,20 @@ from .plan import AttentionPlan
 QUERIES_OF_A_PIECE = 32
 TRITON_DTYPES = (torch.bfloat16, torch.float16)
 TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
-Implementation = Literal["auto", "triton", "segmented", "tiled", "reference"]
+Implementation = Literal[
+    "auto", "triton", "segmented", "tiled", "flash_attn", "flash_attn_4", "varlen", "flex", "reference"
+]
+MODULES = {
+    "triton": ".on_triton.attention",
+    "segmented": ".segmented",
+    "tiled": ".tiled",
+    "flash_attn": ".libraries.flash_attn_2",
+    "flash_attn_4": ".libraries.flash_attn_4",
+    "varlen": ".libraries.varlen",
+    "flex": ".libraries.flex",
+    "reference": ".reference",
+}
+"""Where each implementation's `attention` and `attention_bwd` are; imported when they are called."""
 
 
 def sparse_attention(
@@ -38,29 +52,15 @@ def sparse_attention(
     fp32 (fp64 for fp64 input). A query that sees nothing gives out 0 and lse -inf. Gradients flow through both.
 
     `implementation`: "auto" is the fastest that suits; "segmented" runs dense attention on each piece of the plan;
-    "tiled" visits tiles, and takes any plan; "triton" is the same in kernels, for GPUs; "reference" builds the dense
-    mask and is the definition. Raises ValueError for an unknown one, one that cannot do the plan, or shapes that do not
-    fit, saying which.
+    "tiled" visits tiles, and takes any plan; "triton" is the same in kernels, for GPUs; "flash_attn", "flash_attn_4"
+    and torch's "varlen" are other libraries' kernels for GPUs, in half precision, for documents with or without a
+    window, and "flex" is torch's for any plan: never what auto takes; "reference" builds the dense mask and is the
+    definition. Raises ValueError for an unknown one, one that is not installed or cannot do the plan, or shapes that do
+    not fit, saying which.
     """
     _check(q, k, v, plan)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    match _chosen(implementation, q, plan):
-        case "segmented":
-            from . import segmented
-
-            return segmented.attention(q, k, v, plan, scale)
-        case "tiled":
-            from . import tiled
-
-            return tiled.attention(q, k, v, plan, scale)
-        case "triton":
-            return _triton(q).attention(q, k, v, plan, scale)
-        case "reference":
-            from . import reference
-
-            return reference.attention(q, k, v, plan, scale)
-        case _:
-            raise _unknown(implementation)
+    return _module(implementation, q, plan).attention(q, k, v, plan, scale)
 
 
 def sparse_attention_bwd(
@@ -93,23 +93,22 @@ def sparse_attention_bwd(
                 f"{name} must be {list(shape)} in {dtype} to fit q, got {list(tensor.shape)} in {tensor.dtype}"
             )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    match _chosen(implementation, q, plan):
-        case "segmented":
-            from . import segmented
+    return _module(implementation, q, plan).attention_bwd(dout, q, k, v, out, lse, plan, scale)
 
-            return segmented.attention_bwd(dout, q, k, v, out, lse, plan, scale)
-        case "tiled":
-            from . import tiled
 
-            return tiled.attention_bwd(dout, q, k, v, out, lse, plan, scale)
-        case "triton":
-            return _triton(q).attention_bwd(dout, q, k, v, out, lse, plan, scale)
-        case "reference":
-            from . import reference
-
-            return reference.attention_bwd(dout, q, k, v, out, lse, plan, scale)
-        case _:
-            raise _unknown(implementation)
+def _module(implementation: Implementation, q: Tensor, plan: AttentionPlan) -> Any:
+    """The module that computes it. Raises ValueError for one that is unknown, or cannot run here."""
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"implementation must be one of {', '.join(get_args(Implementation))}, got {implementation!r}")
+    chosen = _chosen(implementation, q, plan)
+    if chosen == "triton" and q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"implementation triton needs a GPU, or TRITON_INTERPRET=1 for tests, but q is on {q.device}: use auto"
+        )
+    try:
+        return import_module(MODULES[chosen], __package__)
+    except ImportError as error:
+        raise ValueError(f"implementation {chosen} needs the package {error.name}: {error}") from None
 
 
 def _chosen(implementation: Implementation, q: Tensor, plan: AttentionPlan) -> Implementation:
@@ -121,23 +120,6 @@ def _chosen(implementation: Implementation, q: Tensor, plan: AttentionPlan) -> I
     if plan.blocks is None and plan.num_breaks * QUERIES_OF_A_PIECE <= plan.lo.numel():
         return "segmented"
     return "tiled"
-
-
-def _triton(q: Tensor) -> Any:
-    """The module with the kernels. Raises ValueError where they cannot run."""
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"implementation triton needs a GPU, or TRITON_INTERPRET=1 for tests, but q is on {q.device}: use auto"
-        )
-    try:
-        from .on_triton import attention
-    except ImportError as error:
-        raise ValueError(f"implementation triton needs the package triton: {error}") from None
-    return attention
-
-
-def _unknown(implementation: str) -> ValueError:
-    return ValueError(f"implementation must be one of {', '.join(get_args(Implementation))}, got {implementation!r}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:

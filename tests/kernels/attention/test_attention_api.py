@@ -1,10 +1,23 @@
 """The entry point: what it accepts, and that it names what it refuses."""
 
+import sys
+from types import SimpleNamespace
+from typing import Any, get_args
+
 import pytest
 import torch
 from numerics import attention_inputs
 
-from ropewalk.kernels.attention import causal, segmented, sparse_attention, sparse_attention_bwd
+from ropewalk.kernels.attention import (
+    Implementation,
+    api,
+    causal,
+    document,
+    segmented,
+    sliding_window,
+    sparse_attention,
+    sparse_attention_bwd,
+)
 
 PLAN = causal(2, 5, 7)
 
@@ -62,6 +75,49 @@ def test_an_unknown_implementation_is_refused_not_replaced(implementation):
         sparse_attention(q, k, v, PLAN, implementation=implementation)
     with pytest.raises(ValueError, match=r"implementation must be one of auto, triton, .*, reference, got '"):
         sparse_attention_bwd(q, q, k, v, q, torch.zeros(2, 4, 5), PLAN, implementation=implementation)
+
+
+def test_every_implementation_has_both_directions(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    named = [name for name in get_args(Implementation) if name != "auto"]
+    assert list(api.MODULES) == named
+    for name in named:
+        module = api._module(name, torch.zeros(1), PLAN)
+        assert callable(module.attention) and callable(module.attention_bwd)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "package", "message"),
+    [
+        ("flash_attn", "flash_attn", "implementation flash_attn needs the package flash-attn: "),
+        ("flash_attn_4", "flash_attn", "implementation flash_attn_4 needs the package flash-attn-4: "),
+        ("triton", "triton", "implementation triton needs the package triton: "),
+    ],
+)
+def test_a_missing_package_is_named(implementation, package, message, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, package, None)
+    for loaded in [name for name in sys.modules if name.startswith("ropewalk.kernels.attention.on_triton")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    q, k, v = shaped()
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(q, k, v, PLAN, implementation=implementation)
+    with pytest.raises(ValueError, match=message):
+        sparse_attention_bwd(q, q, k, v, q, torch.zeros(2, 4, 5), PLAN, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "varlen"])
+def test_kernels_for_gpus_are_refused_on_a_cpu(implementation, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"implementation {implementation} needs a GPU.*, but q is on cpu: use auto"):
+        sparse_attention(*shaped(), PLAN, implementation=implementation)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_takes_no_other_library(device):
+    q: Any = SimpleNamespace(dtype=torch.bfloat16, shape=(2, 4, 5, 64), device=torch.device(device))
+    for plan in (PLAN, document([[0, 3]], 9), sliding_window([[0]], 99, window_tokens=3)):
+        assert api._chosen("auto", q, plan) in ("triton", "segmented", "tiled")
 
 
 def test_the_reference_is_never_replaced_by_a_faster_one(monkeypatch):

@@ -1,0 +1,1 @@
+"""Other libraries' attention: each module is one implementation, and imports its package when it is called."""
