@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install install-dev quickstart test test-faults test-services soak bench-engine bench-tracking bench-kernels lint clean help
+.PHONY: install install-dev quickstart test test-faults test-services soak bench-engine bench-tracking bench-kernels bench-layers bench-plans test-gpu sanitize-kernels lint clean help
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -47,6 +47,22 @@ bench-tracking: $(VENV)/.installed-dev  ## Step time of a training while MLflow 
 PRESET ?= core
 bench-kernels: $(VENV)/.installed-dev  ## Speed of attention on this machine's GPU, other libraries beside it; PRESET=full
 	$(BIN)/python tests/benchmarks/kernels_speed.py --preset $(PRESET) $(if $(DEVICE),--device $(DEVICE)) --output $(or $(OUTPUT),build/kernels_speed.json)
+
+bench-layers: $(VENV)/.installed-dev  ## A 128K training step of an 8B-shaped layer stack, masked beside full attention
+	$(BIN)/python tests/benchmarks/layer_stack_speed.py --output $(or $(OUTPUT),build/layer_stack.json)
+
+bench-plans: $(VENV)/.installed-dev  ## What a batch pays for its attention plan; DEVICE=cuda
+	$(BIN)/python tests/benchmarks/kernels_plan_cost.py $(if $(DEVICE),--device $(DEVICE)) --output $(or $(OUTPUT),build/plan_cost.json)
+
+test-gpu: $(VENV)/.installed-dev  ## The kernels' tests on this machine's GPU
+	$(BIN)/python -m pytest --numprocesses=8 tests/kernels/attention/test_attention_on_gpu.py -m 'not slow'
+	$(BIN)/python -m pytest tests/kernels/attention/test_attention_on_gpu.py -m slow
+
+sanitize-kernels: $(VENV)/.installed-dev  ## Memory errors and races of small attention, by CUDA's compute-sanitizer
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python tests/benchmarks/kernels_small_cases.py || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev  ## ruff, pyright and import-linter
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -113,17 +114,16 @@ def _shared_prefixes(tokens: int, shape: Shape) -> list[Case]:
 
 
 def _block_lists(tokens: int, shape: Shape) -> list[Case]:
-    found = []
-    for density in (0.75, 0.5, 0.25, 0.1, 0.05):
-        blocks = random_blocks(tokens, density, shape)
-        found.append(
-            Case(
-                "block_lists", f"{density:.0%} listed", tokens, lambda blocks=blocks: block_lists(blocks, [[0]], tokens)
-            )
+    return [
+        Case(
+            "block_lists", f"{density:.0%} listed", tokens,
+            lambda density=density: block_lists(random_blocks(tokens, density, shape), [[0]], tokens),
         )
-    return found
+        for density in (0.75, 0.5, 0.25, 0.1, 0.05)
+    ]  # fmt: skip
 
 
+@lru_cache(maxsize=1)
 def random_blocks(tokens: int, density: float, shape: Shape) -> BlockLists:
     """For each key/value head: the own block, the first, and so many others that the share of pairs is `density`."""
     edge = 128 if tokens >= 2048 else 32

@@ -5,6 +5,7 @@ Shapes as they are here: q [1, H, L, D], k and v [1, G, L, D]. What they want el
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -89,10 +90,12 @@ def _torch_varlen(case: Case, shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> 
     if case.pattern not in ("causal", "document"):
         return None
     edges, longest = _edges(case, shape)
+    # torch 2.11 has no such argument, and takes fewer key/value heads without a word.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def run() -> Tensor:
-        packed = (x[0].transpose(0, 1) for x in (q, k, v))
-        found: Any = varlen_attn(*packed, edges, edges, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        q_, k_, v_ = (x[0].transpose(0, 1) for x in (q, k, v))
+        found: Any = varlen_attn(q_, k_, v_, edges, edges, longest, longest, window_size=(-1, 0), **grouped)
         return found.transpose(0, 1).unsqueeze(0)
 
     return run
