@@ -83,7 +83,10 @@ class BlockLists:
 
     def to(self, device: torch.device | str) -> BlockLists:
         """The same lists on another device."""
-        return replace(self, offsets=self.offsets.to(device), keys=self.keys.to(device))
+        moved = copy.copy(self)
+        for name in ("offsets", "keys"):
+            object.__setattr__(moved, name, getattr(self, name).to(device))
+        return moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +123,10 @@ class AttentionPlan:
                     f"{name} must match lo in shape and device, got {list(tensor.shape)} on {tensor.device} "
                     f"and {list(self.lo.shape)} on {self.lo.device}"
                 )
-        for name, least, most in (
-            ("lo", 0, self.k_tokens),
-            ("hi", -1, self.k_tokens - 1),
-            ("glo", 0, self.k_tokens),
-            ("ghi", 0, self.k_tokens),
-        ):
-            smallest, largest = (int(edge) for edge in getattr(self, name).aminmax())
+        # One read of the device for all of them.
+        extremes = torch.stack([edge for name in FIELDS for edge in getattr(self, name).aminmax()]).view(-1, 2)
+        limits = ((0, self.k_tokens), (-1, self.k_tokens - 1), (0, self.k_tokens), (0, self.k_tokens))
+        for name, (smallest, largest), (least, most) in zip(FIELDS, extremes.tolist(), limits, strict=True):
             if smallest < least or largest > most:
                 raise ValueError(
                     f"{name} must lie in [{least}, {most}] for k_tokens={self.k_tokens}, "

@@ -50,6 +50,8 @@ class TilePlan:
     """int32 [items, 4]: `b * K + tile`, chunk, number of chunks, slot of the partial sum (-1: none); longest first."""
     split_tiles: Tensor
     """int32 [splits, 3]: `b * K + tile`, first slot, number of chunks."""
+    has_gaps: bool
+    """Whether a key tile's run covers a query tile that does not visit it; without, kernels need not ask."""
     query_lists: TileLists | None
     key_lists: TileLists | None
 
@@ -110,23 +112,27 @@ def build_tiles(plan: AttentionPlan, query_tile: int, key_tile: int) -> TilePlan
             raise ValueError(f"{name} {size} is larger than the plan's blocks of {plan.blocks.block_tokens}")
     num_query_tiles, num_key_tiles = -(-plan.q_tokens // query_tile), -(-plan.k_tokens // key_tile)
     own = _runs(plan.lo, plan.hi, query_tile, key_tile)
-    shared = _runs(plan.glo, plan.ghi - 1, query_tile, key_tile)
+    shared_end = plan.ghi if plan.blocks is not None else _end_of_shared(plan, own, query_tile, key_tile)
+    shared = _runs(plan.glo, shared_end - 1, query_tile, key_tile)
     if plan.blocks is None:
         query_runs = torch.stack([_left_of(own, shared), own, _right_of(own, shared)], dim=3)
-        key_runs = _transposed(query_runs, num_key_tiles)
+        key_runs, has_gaps = _transposed(query_runs, num_key_tiles)
         query_lists = key_lists = None
         query_work = (query_runs[..., END] - query_runs[..., BEGIN]).sum(dim=3)
         key_work = key_runs[..., END] - key_runs[..., BEGIN]
     else:
         query_runs = torch.stack([shared, own, torch.zeros_like(own)], dim=3)
         key_runs = torch.zeros(*own.shape[:2], num_key_tiles, 4, dtype=torch.int32, device=own.device)
+        has_gaps = False
         query_lists, key_lists = _lists(plan, own, shared, query_tile, key_tile)
         query_work = query_lists.offsets[..., 2] - query_lists.offsets[..., 0]
         key_work = key_lists.offsets[..., 2] - key_lists.offsets[..., 0]
     assert query_runs.shape[2] == num_query_tiles
     order = query_work.sum(dim=1).flatten().argsort(descending=True, stable=True)
     items, split_tiles = _items(key_work.sum(dim=1).flatten())
-    return TilePlan(query_tile, key_tile, query_runs, key_runs, order.int(), items, split_tiles, query_lists, key_lists)
+    return TilePlan(
+        query_tile, key_tile, query_runs, key_runs, order.int(), items, split_tiles, has_gaps, query_lists, key_lists
+    )
 
 
 def _runs(first: Tensor, last: Tensor, query_tile: int, key_tile: int) -> Tensor:
@@ -150,6 +156,16 @@ def _runs(first: Tensor, last: Tensor, query_tile: int, key_tile: int) -> Tensor
     return torch.stack([begin, full_begin, full_end, end], dim=-1).int()
 
 
+def _end_of_shared(plan: AttentionPlan, own: Tensor, query_tile: int, key_tile: int) -> Tensor:
+    """int32 [B, P, L]: ghi, or 0 where the own run of the tile of queries visits the whole shared interval.
+
+    Where a tile holds the end of one document and the start of another, its shared run would else reach from the sinks
+    of the one to those of the other.
+    """
+    edges = own.repeat_interleave(query_tile, dim=2)[:, :, : plan.q_tokens] * key_tile
+    return plan.ghi.masked_fill((edges[..., BEGIN] <= plan.glo) & (plan.ghi <= edges[..., END]), 0)
+
+
 def _left_of(own: Tensor, shared: Tensor) -> Tensor:
     """The part of the shared runs before the own ones; all of it where the own are empty."""
     limit = torch.where(own[..., BEGIN] < own[..., END], own[..., BEGIN], FAR)
@@ -162,18 +178,19 @@ def _right_of(own: Tensor, shared: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(shared, limit), torch.maximum(shared[..., END:], limit))
 
 
-def _transposed(query_runs: Tensor, num_key_tiles: int) -> Tensor:
-    """int32 [B, P, K, 4]: for each key tile the run of query tiles that see it.
+def _transposed(query_runs: Tensor, num_key_tiles: int) -> tuple[Tensor, bool]:
+    """int32 [B, P, K, 4]: for each key tile the run of query tiles that see it; and whether one covers others too.
 
     If the query tiles for which it is full are not all next to each other, none of them is called full.
     """
-    first, last, _ = _extent(query_runs[..., BEGIN], query_runs[..., END], num_key_tiles)
+    first, last, num_seen = _extent(query_runs[..., BEGIN], query_runs[..., END], num_key_tiles)
     full_first, full_last, num_full = _extent(query_runs[..., FULL_BEGIN], query_runs[..., FULL_END], num_key_tiles)
     is_run = (num_full > 0) & (num_full == full_last + 1 - full_first)
     begin, end = torch.where(last < 0, 0, first), last + 1
     full_begin = torch.where(is_run, full_first, end)
     full_end = torch.where(is_run, full_last + 1, end)
-    return torch.stack([begin, full_begin, full_end, end], dim=-1).int()
+    has_gaps = bool((num_seen < end - begin).any())
+    return torch.stack([begin, full_begin, full_end, end], dim=-1).int(), has_gaps
 
 
 def _extent(begins: Tensor, ends: Tensor, num_key_tiles: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..gradient import differentiable
 from ..plan import AttentionPlan
@@ -24,6 +25,10 @@ from .forward import attention_forward
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROW_SUM_TILE = 64
+LARGEST_TILE = 128
+"""What belongs to queries is padded to a multiple of it, so that tiles of it are read without a mask."""
+LARGEST_STRIDE = 2**24
+"""Of a token, in elements: places inside a tile are counted in 32 bits."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
@@ -52,15 +57,16 @@ def check(q: Tensor) -> None:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    q, k, v = (_describable(x) for x in (q, k, v))
     size = _sizes(q, plan).forward
     tiles = plan.tiles(size.M, size.N)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attention_forward[(len(tiles.query_order) * q.shape[1],)](
-        q, k, v, out, lse, *_intervals(plan), tiles.query_order, tiles.query_runs, *_lists(tiles, tiles.query_lists),
-        *_strides(q), *_strides(k), *_strides(v), *_strides(out), scale * math.log2(math.e), *_counts(q, k, plan),
-        tiles.num_query_tiles, HAS_LISTS=tiles.query_lists is not None, **_constants(q, size),
+        q, _tiled(k, size.N), _tiled(v, size.N), _tiled(out, size.M), lse, _intervals(plan), tiles.query_order,
+        tiles.query_runs, *_lists(tiles, tiles.query_lists), *_strides(q), scale * math.log2(math.e), q.shape[1],
+        k.shape[1], plan.plan_heads, q.shape[2], _padded_tokens(q), tiles.num_query_tiles,
+        HAS_LISTS=tiles.query_lists is not None, **_constants(q, size),
     )  # fmt: skip
     return out, lse
 
@@ -77,59 +83,64 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout = torch.zeros_like(out) if dout is None else dout
-    dout, q, k, v, out = (_unit_stride(x) for x in (dout, q, k, v, out))
-    delta, lse_log2 = _row_sums(dout, out, lse, dlse)
-    dk, dv = _backward_keys(dout, q, k, v, delta, lse_log2, plan, scale)
-    return _backward_queries(dout, q, k, v, delta, lse_log2, plan, scale), dk, dv
+    dout, q, k, v, out = (_describable(x) for x in (dout, q, k, v, out))
+    row_terms, intervals = _row_terms(dout, out, lse, dlse), _intervals(plan)
+    dk, dv = _backward_keys(dout, q, k, v, row_terms, intervals, plan, scale)
+    return _backward_queries(dout, q, k, v, row_terms, intervals, plan, scale), dk, dv
 
 
-def _row_sums(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+def _row_terms(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
     lse = lse.contiguous()
-    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
-    grid = (triton.cdiv(dout.shape[2], ROW_SUM_TILE), dout.shape[0] * dout.shape[1])
+    padded = _padded_tokens(dout)
+    row_terms = torch.empty(*dout.shape[:2], 2, padded, dtype=torch.float32, device=dout.device)
+    grid = (padded // ROW_SUM_TILE, dout.shape[0] * dout.shape[1])
     given = lse if dlse is None else dlse.float().contiguous()
     row_sums[grid](
-        dout, out, lse, given, delta, lse_log2, *_strides(dout), *_strides(out), dout.shape[1], dout.shape[2],
+        dout, out, lse, given, row_terms, *_strides(dout), *_strides(out), dout.shape[1], dout.shape[2], padded,
         D=dout.shape[3], D_PADDED=_padded(dout), M=ROW_SUM_TILE, HAS_DLSE=dlse is not None,
     )  # fmt: skip
-    return delta, lse_log2
+    return row_terms
 
 
 def _backward_keys(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse_log2: Tensor, plan: AttentionPlan, scale: float
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, row_terms: Tensor, intervals: Tensor, plan: AttentionPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     size = _sizes(q, plan).keys
     tiles = plan.tiles(size.M, size.N)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     kv_heads = k.shape[1]
     partial_sums = torch.empty(
-        max(1, tiles.num_slots * kv_heads * 2 * size.N * _padded(q)), dtype=torch.float32, device=q.device
+        max(1, tiles.num_slots), kv_heads, 2 * size.N, _padded(q), dtype=torch.float32, device=q.device
     )
+    outputs = _tiled(dk, size.N), _tiled(dv, size.N), _tiled(partial_sums, size.N)
     attention_backward_keys[(len(tiles.key_items) * kv_heads,)](
-        q, k, v, dout, lse_log2, delta, dk, dv, partial_sums, *_intervals(plan), tiles.key_items, tiles.key_runs,
-        tiles.query_runs, *_lists(tiles, tiles.key_lists), *_strides(q), *_strides(k), *_strides(v), *_strides(dout),
-        scale, scale * math.log2(math.e), *_counts(q, k, plan), tiles.num_query_tiles, tiles.num_key_tiles,
-        HAS_LISTS=tiles.key_lists is not None, **_constants(q, size),
+        _tiled(q, size.M), k, v, _tiled(dout, size.M), _rows(row_terms, size.M), *outputs, _rows(intervals, size.M),
+        tiles.key_items, tiles.key_runs, tiles.query_runs, *_lists(tiles, tiles.key_lists), *_strides(k), *_strides(v),
+        scale, scale * math.log2(math.e), q.shape[1], kv_heads, plan.plan_heads, k.shape[2], tiles.num_query_tiles,
+        tiles.num_key_tiles, HAS_LISTS=tiles.key_lists is not None, HAS_GAPS=tiles.has_gaps, **_constants(q, size),
     )  # fmt: skip
     if len(tiles.split_tiles):
+        dk_tiles, dv_tiles, sums = outputs
         add_partial_sums[(len(tiles.split_tiles) * kv_heads,)](
-            partial_sums, dk, dv, tiles.split_tiles, kv_heads, k.shape[2], tiles.num_key_tiles,
-            D=q.shape[3], D_PADDED=_padded(q), N=size.N,
+            sums, dk_tiles, dv_tiles, tiles.split_tiles, kv_heads, tiles.num_key_tiles, D_PADDED=_padded(q), N=size.N,
+            num_warps=8,
         )  # fmt: skip
     return dk, dv
 
 
 def _backward_queries(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse_log2: Tensor, plan: AttentionPlan, scale: float
-) -> Tensor:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, row_terms: Tensor, intervals: Tensor, plan: AttentionPlan,
+    scale: float,
+) -> Tensor:  # fmt: skip
     size = _sizes(q, plan).queries
     tiles = plan.tiles(size.M, size.N)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     attention_backward_queries[(len(tiles.query_order) * q.shape[1],)](
-        q, k, v, dout, lse_log2, delta, dq, *_intervals(plan), tiles.query_order, tiles.query_runs,
-        *_lists(tiles, tiles.query_lists), *_strides(q), *_strides(k), *_strides(v), *_strides(dout), scale,
-        scale * math.log2(math.e), *_counts(q, k, plan), tiles.num_query_tiles,
-        HAS_LISTS=tiles.query_lists is not None, **_constants(q, size),
+        q, _tiled(k, size.N), _tiled(v, size.N), dout, row_terms, _tiled(dq, size.M), intervals, tiles.query_order,
+        tiles.query_runs, *_lists(tiles, tiles.query_lists), *_strides(q), *_strides(dout), scale,
+        scale * math.log2(math.e), q.shape[1], k.shape[1], plan.plan_heads, q.shape[2], _padded_tokens(q),
+        tiles.num_query_tiles, HAS_LISTS=tiles.query_lists is not None, **_constants(q, size),
     )  # fmt: skip
     return dq
 
@@ -138,8 +149,10 @@ def _sizes(q: Tensor, plan: AttentionPlan) -> tile_sizes.AttentionSizes:
     return tile_sizes.choose_sizes(q.shape[3], q.dtype, None if plan.blocks is None else plan.blocks.block_tokens)
 
 
-def _intervals(plan: AttentionPlan) -> tuple[Tensor, ...]:
-    return tuple(x.contiguous() for x in (plan.lo, plan.hi, plan.glo, plan.ghi))
+def _intervals(plan: AttentionPlan) -> Tensor:
+    """int32 [B, P, 4, padded L]; what lies behind the last query reaches no result."""
+    intervals = torch.stack((plan.lo, plan.hi, plan.glo, plan.ghi), dim=2)
+    return torch.nn.functional.pad(intervals, (0, -intervals.shape[3] % LARGEST_TILE))
 
 
 def _lists(tiles: TilePlan, lists: TileLists | None) -> tuple[Tensor, Tensor]:
@@ -147,12 +160,18 @@ def _lists(tiles: TilePlan, lists: TileLists | None) -> tuple[Tensor, Tensor]:
     return (tiles.query_runs, tiles.query_runs) if lists is None else (lists.offsets, lists.entries)
 
 
+def _tiled(x: Tensor, rows: int) -> TensorDescriptor:
+    """Describes x [.., .., tokens, D] in tiles of `rows` tokens; columns up to the padded head dim read as 0."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, _padded(x)])
+
+
+def _rows(x: Tensor, tokens: int) -> TensorDescriptor:
+    """Describes x [.., .., fields, tokens] in pieces of one field."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, 1, tokens])
+
+
 def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
-
-
-def _counts(q: Tensor, k: Tensor, plan: AttentionPlan) -> tuple[int, ...]:
-    return q.shape[1], k.shape[1], plan.plan_heads, q.shape[2], k.shape[2]
 
 
 def _constants(q: Tensor, size: tile_sizes.KernelSizes) -> dict[str, Any]:
@@ -171,6 +190,14 @@ def _padded(x: Tensor) -> int:
     return triton.next_power_of_2(x.shape[-1])
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """The kernels read the head dim as contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _padded_tokens(q: Tensor) -> int:
+    return triton.cdiv(q.shape[2], LARGEST_TILE) * LARGEST_TILE
+
+
+def _describable(x: Tensor) -> Tensor:
+    """x, or a copy that Hopper's tensor descriptors can describe: 16-byte steps, and no row that stands for several."""
+    step = 16 // x.element_size()
+    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and x.stride(2) < LARGEST_STRIDE
+    if fits and all(stride > 0 and stride % step == 0 for stride in x.stride()[:3]):
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)

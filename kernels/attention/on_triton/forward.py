@@ -14,40 +14,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .steps import count_key_tiles, is_visible, key_tile_of, load_intervals, load_tile, product, store_tile
+from .steps import (
+    count_key_tiles,
+    first_entry,
+    is_visible,
+    key_tile_of,
+    load_block,
+    load_intervals,
+    load_list,
+    load_tile,
+    next_entry,
+    product,
+    store_block,
+)
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def forward_step(
-    acc,
-    total,
-    highest,
-    q_md,
-    k,
-    v,
-    stride_k,
-    stride_v,
-    tile,
-    listed,
-    lo,
-    hi,
-    glo,
-    ghi,
-    k_tokens,
-    scale_log2,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    N: tl.constexpr,
-    MASKED: tl.constexpr,
-    IEEE: tl.constexpr,
-):
+    acc, total, highest, q_md, k, v, b, kv_head, tile, listed, lo, hi, glo, ghi, scale_log2,
+    D_PADDED: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
     """One tile of keys: the new accumulator, sum and maximum of the online softmax."""
-    keys = tile * N + tl.arange(0, N)
-    k_nd = load_tile(k, stride_k, keys, k_tokens, D, D_PADDED, not MASKED)
+    k_nd = load_block(k, b, kv_head, tile * N, N, D_PADDED)
     scores_mn = product(q_md, tl.trans(k_nd), IEEE) * scale_log2
     if MASKED:
+        keys = tile * N + tl.arange(0, N)
         visible = is_visible(keys[None, :], listed, lo[:, None], hi[:, None], glo[:, None], ghi[:, None])
         scores_mn = tl.where(visible, scores_mn, -float("inf"))
     new_highest = tl.maximum(highest, tl.max(scores_mn, 1))
@@ -57,104 +50,69 @@ def forward_step(
         finite = tl.where(new_highest == -float("inf"), 0.0, new_highest)
     weights_mn = tl.exp2(scores_mn - finite[:, None])
     kept = tl.exp2(highest - finite)
-    v_nd = load_tile(v, stride_v, keys, k_tokens, D, D_PADDED, not MASKED)
+    v_nd = load_block(v, b, kv_head, tile * N, N, D_PADDED)
     acc = acc * kept[:, None] + product(weights_mn.to(v_nd.dtype), v_nd, IEEE)
     return acc, total * kept + tl.sum(weights_mn, 1), new_highest
 
 
 @triton.jit
 def attention_forward(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    lo,
-    hi,
-    glo,
-    ghi,
-    order,
-    runs,
-    offsets,
-    entries,
-    stride_qb,
-    stride_qh,
-    stride_ql,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_ol,
-    scale_log2,
-    num_heads,
-    kv_heads,
-    plan_heads,
-    q_tokens,
-    k_tokens,
-    num_query_tiles,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    HAS_LISTS: tl.constexpr,
-    IEEE: tl.constexpr,
-):
-    """out [B, H, L, D] and lse [B, H, L] (fp32, natural log) of one tile of queries of one head."""
+    q, k, v, out, lse, intervals, order, runs, offsets, entries, stride_qb, stride_qh, stride_ql, scale_log2,
+    num_heads, kv_heads, plan_heads, q_tokens, padded_tokens, num_query_tiles, D: tl.constexpr,
+    D_PADDED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_LISTS: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """out [B, H, L, D] and lse [B, H, L] (fp32, natural log) of one tile of queries of one head.
+
+    Descriptors: k, v, out.
+    """
     program = tl.program_id(0)
     head = program % num_heads
     place = tl.load(order + program // num_heads)
-    b = (place // num_query_tiles).to(tl.int64)
-    query_tile = place % num_query_tiles
-    plan_head = head * plan_heads // num_heads
+    b, query_tile = place // num_query_tiles, place % num_query_tiles
     kv_head = head // (num_heads // kv_heads)
-    rows = query_tile * M + tl.arange(0, M)
-    plan_row = b * plan_heads + plan_head
-    lo_m, hi_m, glo_m, ghi_m = load_intervals(lo, hi, glo, ghi, plan_row * q_tokens, rows, q_tokens)
-    q_md = load_tile(q + b * stride_qb + head.to(tl.int64) * stride_qh, stride_ql, rows, q_tokens, D, D_PADDED, False)
-    k += b * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v += b * stride_vb + kv_head.to(tl.int64) * stride_vh
+    plan_row = (b * plan_heads + head * plan_heads // num_heads).to(tl.int64)
+    first = query_tile * M
+    rows = first + tl.arange(0, M)
+    lo_m, hi_m, glo_m, ghi_m = load_intervals(intervals, plan_row, rows, padded_tokens)
+    q += b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q_md = load_tile(q, stride_ql, first, q_tokens, M, D, D_PADDED)
     acc = tl.zeros([M, D_PADDED], tl.float32)
     total = tl.zeros([M], tl.float32)
     highest = tl.full([M], -float("inf"), tl.float32)
-    tile_place = plan_row * num_query_tiles + query_tile
     if HAS_LISTS:
-        begin = tl.load(offsets + tile_place * 3)
-        split = tl.load(offsets + tile_place * 3 + 1)
-        end = tl.load(offsets + tile_place * 3 + 2)
-        for n in range(begin, split):
-            tile = tl.load(entries + n) // 2
+        own, num_full, num_partial = load_list(offsets, entries, plan_row * num_query_tiles + query_tile)
+        entry = first_entry(own, 0, num_full)
+        for n in range(0, num_full):
+            following = next_entry(own, n, num_full)
             acc, total, highest = forward_step(
-                acc, total, highest, q_md, k, v, stride_ks, stride_vs, tile, True, lo_m, hi_m, glo_m, ghi_m,
-                k_tokens, scale_log2, D, D_PADDED, N, False, IEEE,
+                acc, total, highest, q_md, k, v, b, kv_head, entry // 2, True, lo_m, hi_m, glo_m, ghi_m, scale_log2,
+                D_PADDED, N, False, IEEE,
             )  # fmt: skip
-        for n in range(split, end):
-            entry = tl.load(entries + n)
+            entry = following
+        own += num_full
+        entry = first_entry(own, 0, num_partial)
+        for n in range(0, num_partial):
+            following = next_entry(own, n, num_partial)
             acc, total, highest = forward_step(
-                acc, total, highest, q_md, k, v, stride_ks, stride_vs, entry // 2, entry % 2 == 1, lo_m, hi_m, glo_m,
-                ghi_m, k_tokens, scale_log2, D, D_PADDED, N, True, IEEE,
+                acc, total, highest, q_md, k, v, b, kv_head, entry // 2, entry % 2 == 1, lo_m, hi_m, glo_m, ghi_m,
+                scale_log2, D_PADDED, N, True, IEEE,
             )  # fmt: skip
+            entry = following
     else:
-        own_runs = runs + tile_place * 12
+        own_runs = runs + (plan_row * num_query_tiles + query_tile) * 12
         num_full, num_partial = count_key_tiles(own_runs)
         for n in range(0, num_full):
-            tile = key_tile_of(n, own_runs, False)
             acc, total, highest = forward_step(
-                acc, total, highest, q_md, k, v, stride_ks, stride_vs, tile, True, lo_m, hi_m, glo_m, ghi_m,
-                k_tokens, scale_log2, D, D_PADDED, N, False, IEEE,
+                acc, total, highest, q_md, k, v, b, kv_head, key_tile_of(n, own_runs, False), True, lo_m, hi_m, glo_m,
+                ghi_m, scale_log2, D_PADDED, N, False, IEEE,
             )  # fmt: skip
         for n in range(0, num_partial):
-            tile = key_tile_of(n, own_runs, True)
             acc, total, highest = forward_step(
-                acc, total, highest, q_md, k, v, stride_ks, stride_vs, tile, True, lo_m, hi_m, glo_m, ghi_m,
-                k_tokens, scale_log2, D, D_PADDED, N, True, IEEE,
+                acc, total, highest, q_md, k, v, b, kv_head, key_tile_of(n, own_runs, True), True, lo_m, hi_m, glo_m,
+                ghi_m, scale_log2, D_PADDED, N, True, IEEE,
             )  # fmt: skip
     sees = total > 0
     normalised = acc / tl.where(sees, total, 1.0)[:, None]
-    out += b * stride_ob + head.to(tl.int64) * stride_oh
-    store_tile(out, stride_ol, rows, q_tokens, normalised, D, D_PADDED)
+    store_block(out, b, head, first, normalised.to(q_md.dtype), M, D_PADDED)
     lse_m = tl.where(sees, (highest + tl.log2(tl.where(sees, total, 1.0))) * LOG_2, -float("inf"))
-    tl.store(lse + (b * num_heads + head) * q_tokens + rows, lse_m, mask=rows < q_tokens)
+    tl.store(lse + (b * num_heads + head).to(tl.int64) * q_tokens + rows, lse_m, mask=rows < q_tokens)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import random_plan
 
-from ropewalk.kernels.attention import anchor, block_lists, causal
+from ropewalk.kernels.attention import AttentionPlan, anchor, block_lists, causal, sliding_window
 
 TILES = [(16, 16), (32, 16), (16, 32)]
 
@@ -34,12 +34,14 @@ def check(plan, query_tile, key_tile):
 def check_transposed(tiles, visited):
     if tiles.key_lists is not None:
         assert torch.equal(tiles.key_lists.to_map(tiles.num_query_tiles).mT, visited)
+        assert not tiles.has_gaps
         return
     query = torch.arange(tiles.num_query_tiles)
     begin, full_begin, full_end, end = (tiles.key_runs[..., n].unsqueeze(2) for n in range(4))
     covers = (begin <= query[:, None]) & (query[:, None] < end)
     full = (full_begin <= query[:, None]) & (query[:, None] < full_end)
     assert not bool(((visited > 0) & ~covers).any())
+    assert tiles.has_gaps == bool((covers & (visited == 0)).any())
     assert bool((visited[full] == 2).all())
 
 
@@ -90,6 +92,25 @@ def test_structured_patterns_find_all_their_full_tiles():
     for name in ("causal", "documents", "window", "shifted groups"):
         visited, is_full, is_seen = check(PLANS[name], 16, 16)
         assert torch.equal(visited == 2, is_full & is_seen), name
+
+
+def test_patterns_have_no_gaps():
+    assert not any(plan.tiles(16, 16).has_gaps for plan in PLANS.values())
+    apart = AttentionPlan(
+        lo=torch.arange(0, 96, dtype=torch.int32).view(1, 1, 96) % 48 // 16 * 16,
+        hi=torch.arange(0, 96, dtype=torch.int32).view(1, 1, 96) % 48,
+        glo=torch.zeros(1, 1, 96, dtype=torch.int32),
+        ghi=torch.zeros(1, 1, 96, dtype=torch.int32),
+        k_tokens=96,
+    )
+    check(apart, 16, 16)
+    assert apart.tiles(16, 16).has_gaps
+
+
+def test_the_border_of_two_documents_does_not_visit_what_lies_between_their_sinks():
+    plan = sliding_window([[0, 520]], 1024, window_tokens=32, num_sinks=4)
+    visited, _, is_seen = check(plan, 16, 16)
+    assert torch.equal(visited > 0, is_seen)
 
 
 def test_an_anchor_is_split_over_several_programs():

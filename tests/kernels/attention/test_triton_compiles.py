@@ -11,57 +11,64 @@ import pytest
 pytest.importorskip("triton")
 
 MOST_SHARED_BYTES = 227 * 1024
-SPILLS = pytest.mark.xfail(strict=True, reason="dK/dV at head_dim 256 spills: sizes.py")
+MOST_SPILLED_BYTES = {("keys", 256): 600}
+"""What dK/dV at head_dim 256 spills, loads and stores together, with Triton 3.9: sizes.py."""
+LARGER = [pytest.param(d, "bf16", None, marks=pytest.mark.slow) for d in (80, 96, 256)]
+BLOCKS = [
+    pytest.param(d, "bf16", block, marks=[] if (d, block) == (128, 64) else pytest.mark.slow)
+    for d in (64, 80, 128, 256)
+    for block in (64, 32, 16)
+]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What the compiler says of the kernels of a head dim; asked once for each."""
+    """What the compiler says of the kernels of a head dim, dtype and block size; asked once for each."""
     found = {}
 
-    def ask(head_dim):
-        if head_dim not in found:
-            found[head_dim] = compile_kernels(head_dim, tmp_path_factory.mktemp("triton"))
-        return found[head_dim]
+    def ask(head_dim, dtype, block_tokens):
+        case = head_dim, dtype, block_tokens
+        if case not in found:
+            found[case] = compile_kernels(head_dim, dtype, block_tokens, tmp_path_factory.mktemp("triton"))
+        return found[case]
 
     return ask
 
 
-def compile_kernels(head_dim, cache):
+def compile_kernels(head_dim, dtype, block_tokens, cache):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     # With it the kernels are made for the interpreter, which compiles nothing.
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("compile_for_hopper.py")), str(head_dim)]
+    blocks = [] if block_tokens is None else [str(block_tokens)]
+    script = str(Path(__file__).with_name("compile_for_hopper.py"))
+    command = [sys.executable, "-W", "ignore", script, str(head_dim), dtype, *blocks]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(row["kernel"], row["lists"]) for row in rows} == {
-        (kernel, lists) for kernel in ("forward", "keys", "queries") for lists in (False, True)
+        (kernel, lists)
+        for kernel in ("forward", "keys", "queries")
+        for lists in ((False, True) if block_tokens is None else (True,))
     }
     return rows
 
 
-@pytest.mark.parametrize("kernel", ["forward", "keys", "queries"])
-@pytest.mark.parametrize("head_dim", [64, 128, *(pytest.param(d, marks=pytest.mark.slow) for d in (80, 96, 256))])
-def test_kernels_fit_shared_memory_and_use_wgmma(compiled, head_dim, kernel):
-    for row in compiled(head_dim):
-        if row["kernel"] == kernel:
-            assert row["shared_bytes"] <= MOST_SHARED_BYTES, row
-            assert row["wgmma"], row
-
-
 @pytest.mark.parametrize(
-    ("head_dim", "kernel"),
-    [
-        *((d, kernel) for d in (64, 128) for kernel in ("forward", "keys", "queries")),
-        *(
-            pytest.param(d, kernel, marks=[pytest.mark.slow, *([SPILLS] if (d, kernel) == (256, "keys") else [])])
-            for d in (80, 96, 256)
-            for kernel in ("forward", "keys", "queries")
-        ),
-    ],
+    ("head_dim", "dtype", "block_tokens"),
+    [(64, "bf16", None), (128, "bf16", None), (128, "fp16", None), *LARGER, *BLOCKS],
 )
-def test_kernels_keep_all_in_registers(compiled, head_dim, kernel):
-    for row in compiled(head_dim):
-        if row["kernel"] == kernel:
-            assert row["spilled_bytes"] == 0, row
+def test_kernels_keep_all_in_registers_fit_shared_memory_and_ask_for_tiles_ahead(
+    compiled, head_dim, dtype, block_tokens
+):
+    for row in compiled(head_dim, dtype, block_tokens):
+        assert row["spilled_bytes"] <= MOST_SPILLED_BYTES.get((row["kernel"], head_dim), 0), row
+        assert row["shared_bytes"] <= MOST_SHARED_BYTES, row
+        assert row["loops_ahead"] == [True, True], row
+        assert bool(row["wgmma"]) == (row["block_tokens"] in (None, 64)), row
+        assert not row["serialised"], row
+
+
+def test_wgmma_is_at_least_64_wide(compiled):
+    for head_dim in (64, 128):
+        for row in compiled(head_dim, "bf16", None):
+            assert all(int(shape.split("n")[1]) >= 64 for shape in row["wgmma"]), row
