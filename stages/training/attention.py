@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ropewalk.kernels.attention import AttentionPlan
 
 ATTENTION_NAME = "ropewalk"
+FORBIDDEN = -3e38
+"""Near the least number of float32 and bfloat16."""
 AttentionImplementation = Literal["ropewalk", "sdpa", "eager"]
 """Names known to transformers once `register()` was called: ours, torch's, and the model's own code, which holds all
 scores at once and alone knows soft caps and sinks."""
@@ -34,6 +36,33 @@ def register() -> None:
 
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, refuse_masks)
+
+
+def visibility(
+    policies: Sequence[str],
+    segments: Sequence[Sequence[Mapping[str, Any]]],
+    row_tokens: int,
+    *,
+    implementation: AttentionImplementation = "ropewalk",
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """What a model is given, by keyword, so that each row is masked by its own policy: a plan, or for others a mask.
+
+    Arguments and errors are those of `plan_for_rows`. A mask of causal rows is all ones: without one, transformers
+    takes jumps in position ids for borders of documents. One of other rows is dense, [B, 1, row_tokens, row_tokens].
+    """
+    import torch
+
+    plan = plan_for_rows(policies, segments, row_tokens)
+    if implementation == ATTENTION_NAME:
+        return {"attention_plan": plan.to(device)}
+    if set(policies) == {"causal"}:
+        return {"attention_mask": torch.ones(len(policies), row_tokens, dtype=torch.int64, device=device)}
+    visible = plan.to(device).visible()
+    if implementation == "sdpa":
+        return {"attention_mask": visible}
+    # The model's own code adds it to the scores.
+    return {"attention_mask": torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, FORBIDDEN)}
 
 
 def plan_for_rows(

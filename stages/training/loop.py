@@ -31,7 +31,7 @@ from ropewalk.stages.training.engine import (
 )
 from ropewalk.stages.training.export import export_model
 from ropewalk.stages.training.loss import MicroBatch, WeightedLoss
-from ropewalk.stages.training.model import build_model, load_model, seed_everything
+from ropewalk.stages.training.model import build_model, has_sliding_window, load_model, seed_everything
 from ropewalk.stages.training.rotary import rotate_exactly
 from ropewalk.stages.training.rows import Row, RowOrder, RowTable, micro_batches, share
 from ropewalk.stages.training.schedule import learning_rate
@@ -203,13 +203,13 @@ class _Rank:
         total = torch.zeros(2, device=self.device)
         for index, rows in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            batch, plan = self._collate(rows)
-            objective, sums = self.engine(batch, plan, target_weight, inserted_weight)
+            batch, visibility = self._collate(rows)
+            objective, sums = self.engine(batch, visibility, target_weight, inserted_weight)
             self.engine.backward(objective)
             total += sums
         return total
 
-    def _collate(self, rows: Sequence[Row]) -> tuple[MicroBatch, Any]:
+    def _collate(self, rows: Sequence[Row]) -> tuple[MicroBatch, dict[str, Any]]:
         row_tokens = len(rows[0].input_ids)
         positions = torch.arange(row_tokens)
         batch = MicroBatch(
@@ -223,15 +223,27 @@ class _Rank:
             targets=torch.stack([torch.as_tensor(row.targets()) for row in rows]),
             inserted=torch.stack([torch.as_tensor(row.inserted_targets()) for row in rows]),
         )
-        return batch.to(self.device), self._plan(rows, row_tokens)
+        return batch.to(self.device), self._visibility(rows, row_tokens)
 
-    def _plan(self, rows: Sequence[Row], row_tokens: int) -> Any:
-        """Which tokens see which; None for torch's own attention, which `prepare` allowed for causal rows alone."""
+    def _visibility(self, rows: Sequence[Row], row_tokens: int) -> dict[str, Any]:
         config = self.job.config
-        if config.attention_implementation != attention.ATTENTION_NAME:
-            return None
         policies = [row.attention if config.attention == "rows" else config.attention for row in rows]
-        return attention.plan_for_rows(policies, [row.segments for row in rows], row_tokens).to(self.device)
+        if (
+            config.attention_implementation != attention.ATTENTION_NAME
+            and set(policies) != {"causal"}
+            and has_sliding_window(self.engine.module.model.config)
+        ):
+            raise ValueError(
+                f"attention_implementation {config.attention_implementation!r} would forget the model's sliding window "
+                f"in rows of policy {', '.join(sorted(set(policies)))}: use 'ropewalk'"
+            )
+        return attention.visibility(
+            policies,
+            [row.segments for row in rows],
+            row_tokens,
+            implementation=config.attention_implementation,
+            device=self.device,
+        )
 
     def _report(self, entry: dict[str, float], **measured: float) -> None:
         if self.worker.rank == 0:

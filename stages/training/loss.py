@@ -11,6 +11,7 @@ micro-batch is as short as a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +51,14 @@ class WeightedLoss(nn.Module):
         self.head_is_linear: bool | None = None
 
     def forward(
-        self, batch: MicroBatch, plan: Any, target_weight: float, inserted_weight: float
+        self, batch: MicroBatch, visibility: Mapping[str, Any], target_weight: float, inserted_weight: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The objective, a scalar: `target_weight` x sum over targets + `inserted_weight` x sum over inserted ones.
 
-        Also returns, detached, the two bare sums ([2], float32). `plan` says which tokens see which; None is for
-        models on attention that reads no plan and is causal.
+        Also returns, detached, the two bare sums ([2], float32). `visibility` says which tokens see which
+        (`attention.py`).
         """
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-        # An explicit mask of ones: without one, transformers takes jumps in position ids for borders of documents.
-        inputs |= {"attention_mask": torch.ones_like(batch.input_ids)} if plan is None else {"attention_plan": plan}
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False, **visibility}
         kept = (batch.targets | batch.inserted)[:, 1:]
         losses = self._losses(inputs, batch.input_ids, kept)
         targets, inserted = batch.targets[:, 1:], batch.inserted[:, 1:]

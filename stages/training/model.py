@@ -149,6 +149,11 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def has_sliding_window(config: Any) -> bool:
+    """Whether some layers see a window alone: then a dense mask given to the model replaces theirs."""
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
 def rotary_embedding(model: torch.nn.Module) -> torch.nn.Module | None:
     """The module that holds the model's inverse frequencies, or None where there is not exactly one."""
     found = [module for module in model.modules() if "inv_freq" in dict(module.named_buffers(recurse=False))]

@@ -87,8 +87,8 @@ class TrainConfig(Record):
     override_attention_reason: str | None = None
     """Why `attention` may contradict the rows."""
     attention_implementation: AttentionImplementation = "ropewalk"
-    """What works it out: our kernels, which skip what is not seen; for rows of policy causal alone also torch's own, or
-    the model's code for what ours refuses (soft caps, sinks)."""
+    """What works it out: our kernels, which skip what is not seen; torch's own; or the model's code, for what ours
+    refuses (soft caps, sinks). The latter two hold a mask of row_tokens squared where rows are not causal."""
     enable_exact_rope: bool = True
     """Turn q and k by exact angles in float32, rounded once; false leaves it to the model's own code, which rounds cos
     and sin to `dtype` first."""
@@ -199,12 +199,6 @@ def _check_batch(config: TrainConfig, slot: str, artifact: Artifact) -> None:
 
 
 def _check_attention(config: TrainConfig, slot: str, found: set[str]) -> None:
-    needed = found if config.attention == "rows" else {config.attention}
-    if config.attention_implementation != "ropewalk" and needed != {"causal"}:
-        raise ValueError(
-            f"attention_implementation {config.attention_implementation!r} is causal, but input {slot!r} needs "
-            f"{', '.join(sorted(needed))}: use 'ropewalk'"
-        )
     wrong = found - {config.attention}
     if config.attention != "rows" and wrong and config.override_attention_reason is None:
         raise ValueError(

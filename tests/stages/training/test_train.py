@@ -264,6 +264,19 @@ def learned_positions(given, folder, num_positions):
     return folder
 
 
+def sliding_windows(given, folder):
+    """A Mistral checkpoint whose layers see eight tokens."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    settings = MistralConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=8, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    MistralForCausalLM(settings).save_pretrained(folder)
+    shutil.copytree(given["tokenizer"] / "tokenizer", folder, dirs_exist_ok=True)
+    return folder
+
+
 def interleaved_rotation(given, folder):
     """A GLM checkpoint, which turns neighbouring dims of a head, not its halves."""
     from transformers import GlmConfig, GlmForCausalLM
@@ -360,24 +373,30 @@ def test_attention_that_contradicts_the_rows_needs_a_reason(given, tmp_path):
     assert details["override_attention_reason"] == "to measure what masking brings"
 
 
-def test_losses_and_weights_are_those_of_torchs_own_attention(given, tmp_path):
-    inputs = inputs_of(given, "long", "checkpoint")
+def losses_of(finished):
+    return [entry["loss"] for entry in finished.history]
+
+
+@pytest.mark.parametrize(("slot", "rope"), [("long", "yarn"), ("documents", "none")])
+def test_losses_and_weights_are_those_of_torchs_own_attention(given, tmp_path, slot, rope):
+    inputs = inputs_of(given, slot, "checkpoint")
+    settings = {"phases": [{"rows": slot, "num_steps": 3}], "rope": {"method": rope}}
     found = {
-        name: run(tmp_path / name, extension(attention_implementation=name), inputs, InProcessContext)
-        for name in ("ropewalk", "sdpa")
+        name: run(tmp_path / name, extension(attention_implementation=name, **settings), inputs, InProcessContext)
+        for name in ("ropewalk", "sdpa", "eager")
     }
-    losses = {name: [entry["loss"] for entry in finished.history] for name, finished in found.items()}
-    assert losses["ropewalk"] == pytest.approx(losses["sdpa"], rel=1e-5)
-    assert_weights(found["ropewalk"].data, weights_of(found["sdpa"].data))
-    assert read_artifact(found["sdpa"].data).details["attention_implementation"] == "sdpa"
+    for name in ("sdpa", "eager"):
+        assert losses_of(found["ropewalk"]) == pytest.approx(losses_of(found[name]), rel=1e-5)
+        assert_weights(found["ropewalk"].data, weights_of(found[name].data))
+        assert read_artifact(found[name].data).details["attention_implementation"] == name
 
 
-def test_torchs_own_attention_takes_causal_rows_alone(given, tmp_path):
-    settings = extension(
-        attention_implementation="sdpa", phases=[{"rows": "documents", "num_steps": 1}], rope={"method": "none"}
-    )
-    with pytest.raises(ValueError, match="'sdpa' is causal, but input 'documents' needs document: use 'ropewalk'"):
-        run(tmp_path, settings, inputs_of(given, "documents", "checkpoint"), InProcessContext)
+def test_torchs_own_attention_does_not_forget_sliding_windows(given, tmp_path):
+    inputs = inputs_of(given, "documents") | {"checkpoint": sliding_windows(given, tmp_path / "mistral")}
+    settings = {"phases": [{"rows": "documents", "num_steps": 2}], "rope": {"method": "none"}}
+    with pytest.raises(ValueError, match="'sdpa' would forget the model's sliding window in rows of policy document"):
+        run(tmp_path / "sdpa", extension(attention_implementation="sdpa", **settings), inputs, InProcessContext)
+    run(tmp_path / "ropewalk", extension(**settings), inputs, InProcessContext)
 
 
 def test_exact_angles_can_be_left_out_and_cannot_where_the_model_turns_otherwise(given, tmp_path):
