@@ -30,6 +30,14 @@ def with_sinks(plan, num_sinks):
     return AttentionPlan(plan.lo, plan.hi, torch.zeros_like(plan.lo), ghi, plan.k_tokens, plan.blocks)
 
 
+def with_gaps(row_tokens):
+    """Tiles of queries return to keys that those before them do not see: a key tile's queries are no run."""
+    query = torch.arange(row_tokens, dtype=torch.int32).view(1, 1, -1)
+    period = row_tokens * 3 // 4 // 16 * 16
+    nothing = torch.zeros_like(query)
+    return AttentionPlan(query % period // 16 * 16, query % period, nothing, nothing, row_tokens)
+
+
 def small_plans(row_tokens: int, num_plans_heads: int = 2) -> dict[str, AttentionPlan]:
     """Every pattern over rows of packed documents, of one token too; at least 62 tokens."""
     third = row_tokens // 3
@@ -48,6 +56,7 @@ def small_plans(row_tokens: int, num_plans_heads: int = 2) -> dict[str, Attentio
         "shared prefix": shared_prefix(groups, row_tokens),
         "block lists": listed,
         "block lists with sinks": with_sinks(listed, 20),
+        "runs with gaps": with_gaps(row_tokens),
         "unrelated intervals": random_plan(2, third, row_tokens // 2, seed=3, plan_heads=2),
     }
 

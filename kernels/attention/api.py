@@ -13,11 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .on_triton.sizes import HEAD_DIMS
 from .plan import AttentionPlan
 
 QUERIES_OF_A_PIECE = 32
 TRITON_DTYPES = (torch.bfloat16, torch.float16)
-TRITON_HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Those that auto takes the kernels for: in fp32 they are there to be right."""
 Implementation = Literal[
     "auto", "triton", "segmented", "tiled", "flash_attn", "flash_attn_4", "varlen", "flex", "reference"
 ]
@@ -115,7 +116,7 @@ def _chosen(implementation: Implementation, q: Tensor, plan: AttentionPlan) -> I
     """On a GPU the kernels, for what they are built for; elsewhere pieces where they are long on average, or tiles."""
     if implementation != "auto":
         return implementation
-    if q.device.type == "cuda" and q.dtype in TRITON_DTYPES and q.shape[-1] in TRITON_HEAD_DIMS:
+    if q.device.type == "cuda" and q.dtype in TRITON_DTYPES and q.shape[-1] in HEAD_DIMS:
         return "triton"
     if plan.blocks is None and plan.num_breaks * QUERIES_OF_A_PIECE <= plan.lo.numel():
         return "segmented"

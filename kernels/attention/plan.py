@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .tiles import TilePlan
 
 FIELDS = ("lo", "hi", "glo", "ghi")
+LARGEST_TILE = 128
+"""Of queries. What belongs to queries is padded to a multiple of it, so that kernels read tiles of it without a mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +178,7 @@ class AttentionPlan:
         object.__setattr__(moved, "blocks", None if self.blocks is None else self.blocks.to(device))
         object.__setattr__(moved, "_tiles", {})
         object.__setattr__(moved, "_windows", {})
+        moved.__dict__.pop("padded_intervals", None)
         return moved
 
     def visible(self) -> Tensor:
@@ -261,6 +264,15 @@ class AttentionPlan:
         changes |= ~torch.isin(self.hi.diff(dim=-1), torch.tensor([0, 1], device=self.device))
         changes |= (self.glo.diff(dim=-1) != 0) | (self.ghi.diff(dim=-1) != 0)
         return int(changes.sum())
+
+    @cached_property
+    def padded_intervals(self) -> Tensor:
+        """int32 [B, P, 4, L up to a multiple of 128], contiguous: lo, hi, glo, ghi as kernels read them, 0 behind L.
+
+        Worked out once, so that layers share it.
+        """
+        intervals = torch.stack([getattr(self, name) for name in FIELDS], dim=2)
+        return torch.nn.functional.pad(intervals, (0, -self.q_tokens % LARGEST_TILE))
 
     def tiles(self, query_tile: int, key_tile: int) -> TilePlan:
         """What kernels with these tile sizes visit. Worked out once for each pair of sizes."""

@@ -50,6 +50,8 @@ class TilePlan:
     """int32 [items, 4]: `b * K + tile`, chunk, number of chunks, slot of the partial sum (-1: none); longest first."""
     split_tiles: Tensor
     """int32 [splits, 3]: `b * K + tile`, first slot, number of chunks."""
+    num_slots: int
+    """Partial sums of split key tiles."""
     has_gaps: bool
     """Whether a key tile's run covers a query tile that does not visit it; without, kernels need not ask."""
     query_lists: TileLists | None
@@ -64,11 +66,6 @@ class TilePlan:
     def num_key_tiles(self) -> int:
         """K."""
         return self.key_runs.shape[2]
-
-    @property
-    def num_slots(self) -> int:
-        """Partial sums of split key tiles."""
-        return int(self.split_tiles[:, 2].sum()) if len(self.split_tiles) else 0
 
     def visited(self) -> Tensor:
         """int8 [B, P, Q, K]: 0 not visited, 1 partial, 2 full. Quadratic in tiles: for tests and pictures."""
@@ -129,9 +126,16 @@ def build_tiles(plan: AttentionPlan, query_tile: int, key_tile: int) -> TilePlan
         key_work = key_lists.offsets[..., 2] - key_lists.offsets[..., 0]
     assert query_runs.shape[2] == num_query_tiles
     order = query_work.sum(dim=1).flatten().argsort(descending=True, stable=True)
-    items, split_tiles = _items(key_work.sum(dim=1).flatten())
     return TilePlan(
-        query_tile, key_tile, query_runs, key_runs, order.int(), items, split_tiles, has_gaps, query_lists, key_lists
+        query_tile,
+        key_tile,
+        query_runs,
+        key_runs,
+        order.int(),
+        *_items(key_work.sum(dim=1).flatten()),
+        has_gaps,
+        query_lists,
+        key_lists,
     )
 
 
@@ -288,19 +292,21 @@ def _compress(
     return TileLists(offsets.view(*shape, 3), (tiles * 2 + listed.long())[order].int())
 
 
-def _items(work: Tensor) -> tuple[Tensor, Tensor]:
-    """Work items of the key tiles, whose work is int [B * K], and which tiles are split; see `TilePlan`."""
+def _items(work: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Of key tiles, whose work is int [B * K]: items of work, the tiles that are split, slots; see `TilePlan`."""
     device, work = work.device, work.long()
     # Twice the mean: nothing that is launched early enough then outlasts the rest.
-    most = max(1, 2 * -(-int(work.sum()) // max(1, len(work))))
+    most = (2 * -(-work.sum() // len(work))).clamp(min=1)
     chunks = (-(-work // most)).clamp(1, MOST_CHUNKS)
-    tile = torch.arange(len(work), device=device).repeat_interleave(chunks)
-    chunk = torch.arange(len(tile), device=device) - (chunks.cumsum(0) - chunks)[tile]
     is_split = chunks > 1
     in_slots = torch.where(is_split, chunks, 0)
     first_slot = in_slots.cumsum(0) - in_slots
+    # One read of the device for all sizes.
+    num_items, num_splits, num_slots = torch.stack([chunks.sum(), is_split.sum(), in_slots.sum()]).tolist()
+    tile = torch.arange(len(work), device=device).repeat_interleave(chunks, output_size=num_items)
+    chunk = torch.arange(num_items, device=device) - (chunks.cumsum(0) - chunks)[tile]
     slot = torch.where(is_split[tile], first_slot[tile] + chunk, -1)
     order = (work[tile] // chunks[tile]).argsort(descending=True, stable=True)
     items = torch.stack([tile, chunk, chunks[tile], slot], dim=1)[order].int()
-    places = is_split.nonzero().flatten()
-    return items, torch.stack([places, first_slot[places], chunks[places]], dim=1).int()
+    places = is_split.byte().argsort(descending=True, stable=True)[:num_splits]
+    return items, torch.stack([places, first_slot[places], chunks[places]], dim=1).int(), num_slots

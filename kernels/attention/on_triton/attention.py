@@ -16,17 +16,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..gradient import differentiable
-from ..plan import AttentionPlan
+from ..plan import LARGEST_TILE, AttentionPlan
 from ..tiles import TileLists, TilePlan
 from . import sizes as tile_sizes
 from .backward import add_partial_sums, attention_backward_keys, attention_backward_queries, row_sums
 from .forward import attention_forward
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROW_SUM_TILE = 64
-LARGEST_TILE = 128
-"""What belongs to queries is padded to a multiple of it, so that tiles of it are read without a mask."""
 LARGEST_STRIDE = 2**24
 """Of a token, in elements: places inside a tile are counted in 32 bits."""
 
@@ -50,10 +46,10 @@ def attention_bwd(
 
 def check(q: Tensor) -> None:
     """Raises ValueError for what the kernels are not built for."""
-    if q.dtype not in DTYPES:
+    if q.dtype not in tile_sizes.DTYPES:
         raise ValueError(f"triton attention takes bfloat16, float16 or float32, got {q.dtype}")
-    if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"triton attention takes a head_dim of {', '.join(map(str, HEAD_DIMS))}, got {q.shape[-1]}")
+    if q.shape[-1] not in tile_sizes.HEAD_DIMS:
+        raise ValueError(f"triton attention takes a head_dim of 8, 16, 24 and so on up to 256, got {q.shape[-1]}")
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +59,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     attention_forward[(len(tiles.query_order) * q.shape[1],)](
-        q, _tiled(k, size.N), _tiled(v, size.N), _tiled(out, size.M), lse, _intervals(plan), tiles.query_order,
+        q, _tiled(k, size.N), _tiled(v, size.N), _tiled(out, size.M), lse, plan.padded_intervals, tiles.query_order,
         tiles.query_runs, *_lists(tiles, tiles.query_lists), *_strides(q), scale * math.log2(math.e), q.shape[1],
         k.shape[1], plan.plan_heads, q.shape[2], _padded_tokens(q), tiles.num_query_tiles,
         HAS_LISTS=tiles.query_lists is not None, **_constants(q, size),
@@ -84,9 +80,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout = torch.zeros_like(out) if dout is None else dout
     dout, q, k, v, out = (_describable(x) for x in (dout, q, k, v, out))
-    row_terms, intervals = _row_terms(dout, out, lse, dlse), _intervals(plan)
-    dk, dv = _backward_keys(dout, q, k, v, row_terms, intervals, plan, scale)
-    return _backward_queries(dout, q, k, v, row_terms, intervals, plan, scale), dk, dv
+    row_terms = _row_terms(dout, out, lse, dlse)
+    dk, dv = _backward_keys(dout, q, k, v, row_terms, plan, scale)
+    return _backward_queries(dout, q, k, v, row_terms, plan, scale), dk, dv
 
 
 def _row_terms(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
@@ -103,9 +99,8 @@ def _row_terms(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> T
 
 
 def _backward_keys(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, row_terms: Tensor, intervals: Tensor, plan: AttentionPlan,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, row_terms: Tensor, plan: AttentionPlan, scale: float
+) -> tuple[Tensor, Tensor]:
     size = _sizes(q, plan).keys
     tiles = plan.tiles(size.M, size.N)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
@@ -115,7 +110,7 @@ def _backward_keys(
     )
     outputs = _tiled(dk, size.N), _tiled(dv, size.N), _tiled(partial_sums, size.N)
     attention_backward_keys[(len(tiles.key_items) * kv_heads,)](
-        _tiled(q, size.M), k, v, _tiled(dout, size.M), _rows(row_terms, size.M), *outputs, _rows(intervals, size.M),
+        _tiled(q, size.M), k, v, _tiled(dout, size.M), _rows(row_terms, size.M), *outputs, _rows(plan.padded_intervals, size.M),
         tiles.key_items, tiles.key_runs, tiles.query_runs, *_lists(tiles, tiles.key_lists), *_strides(k), *_strides(v),
         scale, scale * math.log2(math.e), q.shape[1], kv_heads, plan.plan_heads, k.shape[2], tiles.num_query_tiles,
         tiles.num_key_tiles, HAS_LISTS=tiles.key_lists is not None, HAS_GAPS=tiles.has_gaps, **_constants(q, size),
@@ -130,14 +125,13 @@ def _backward_keys(
 
 
 def _backward_queries(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, row_terms: Tensor, intervals: Tensor, plan: AttentionPlan,
-    scale: float,
-) -> Tensor:  # fmt: skip
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, row_terms: Tensor, plan: AttentionPlan, scale: float
+) -> Tensor:
     size = _sizes(q, plan).queries
     tiles = plan.tiles(size.M, size.N)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     attention_backward_queries[(len(tiles.query_order) * q.shape[1],)](
-        q, _tiled(k, size.N), _tiled(v, size.N), dout, row_terms, _tiled(dq, size.M), intervals, tiles.query_order,
+        q, _tiled(k, size.N), _tiled(v, size.N), dout, row_terms, _tiled(dq, size.M), plan.padded_intervals, tiles.query_order,
         tiles.query_runs, *_lists(tiles, tiles.query_lists), *_strides(q), *_strides(dout), scale,
         scale * math.log2(math.e), q.shape[1], k.shape[1], plan.plan_heads, q.shape[2], _padded_tokens(q),
         tiles.num_query_tiles, HAS_LISTS=tiles.query_lists is not None, **_constants(q, size),
@@ -147,12 +141,6 @@ def _backward_queries(
 
 def _sizes(q: Tensor, plan: AttentionPlan) -> tile_sizes.AttentionSizes:
     return tile_sizes.choose_sizes(q.shape[3], q.dtype, None if plan.blocks is None else plan.blocks.block_tokens)
-
-
-def _intervals(plan: AttentionPlan) -> Tensor:
-    """int32 [B, P, 4, padded L]; what lies behind the last query reaches no result."""
-    intervals = torch.stack((plan.lo, plan.hi, plan.glo, plan.ghi), dim=2)
-    return torch.nn.functional.pad(intervals, (0, -intervals.shape[3] % LARGEST_TILE))
 
 
 def _lists(tiles: TilePlan, lists: TileLists | None) -> tuple[Tensor, Tensor]:
@@ -187,7 +175,7 @@ def _constants(q: Tensor, size: tile_sizes.KernelSizes) -> dict[str, Any]:
 
 
 def _padded(x: Tensor) -> int:
-    return triton.next_power_of_2(x.shape[-1])
+    return tile_sizes.padded_head_dim(x.shape[-1])
 
 
 def _padded_tokens(q: Tensor) -> int:

@@ -24,6 +24,13 @@ from dataclasses import dataclass
 import torch
 
 
+HEAD_DIMS = range(8, 257, 8)
+"""Tensor descriptors need rows of whole 16 bytes. Compiled and checked: 32, 64, 80, 96, 128, 192, 256."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_PADDED = 16
+"""Columns that a product of tiles needs."""
+
+
 @dataclass(frozen=True)
 class KernelSizes:
     """How one kernel is launched."""
@@ -58,6 +65,11 @@ SMALL_HEADS = AttentionSizes(KernelSizes(128, 128, 8, 3), KernelSizes(64, 128, 8
 MEDIUM_HEADS = AttentionSizes(KernelSizes(128, 128, 8, 3), KernelSizes(64, 128, 8, 3), KernelSizes(128, 64, 8, 3))
 LARGE_HEADS = AttentionSizes(KernelSizes(128, 64, 8, 2), KernelSizes(64, 64, 8, 2), KernelSizes(128, 32, 8, 2))
 SINGLE_PRECISION = AttentionSizes(KernelSizes(64, 32, 4, 2), KernelSizes(32, 32, 4, 1), KernelSizes(32, 32, 4, 1))
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile: the next power of two."""
+    return max(LEAST_PADDED, 1 << (head_dim - 1).bit_length())
 
 
 def choose_sizes(head_dim: int, dtype: torch.dtype, block_tokens: int | None) -> AttentionSizes:

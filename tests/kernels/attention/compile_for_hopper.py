@@ -51,7 +51,7 @@ def compile_kernel(name: str, head_dim: int, dtype: str, block_tokens: int | Non
     size = getattr(sizes.choose_sizes(head_dim, DTYPES[dtype], block_tokens), name)
     constants = {
         "D": head_dim,
-        "D_PADDED": triton.next_power_of_2(head_dim),
+        "D_PADDED": sizes.padded_head_dim(head_dim),
         "M": size.M,
         "N": size.N,
         "HAS_LISTS": has_lists,
@@ -89,7 +89,7 @@ def compile_kernel(name: str, head_dim: int, dtype: str, block_tokens: int | Non
 
 def descriptors(name: str, size: sizes.KernelSizes, head_dim: int, dtype: str) -> dict[str, str]:
     """The types of descriptors, which hold the shape of a tile."""
-    columns = triton.next_power_of_2(head_dim)
+    columns = sizes.padded_head_dim(head_dim)
     kinds = {n: f"tensordesc<{dtype}[1,1,{getattr(size, rows)},{columns}]>" for n, rows in TILES[name].items()}
     if name == "keys":
         kinds["partial_sums"] = f"tensordesc<fp32[1,1,{size.N},{columns}]>"

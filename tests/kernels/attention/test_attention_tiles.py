@@ -95,16 +95,7 @@ def test_structured_patterns_find_all_their_full_tiles():
 
 
 def test_patterns_have_no_gaps():
-    assert not any(plan.tiles(16, 16).has_gaps for plan in PLANS.values())
-    apart = AttentionPlan(
-        lo=torch.arange(0, 96, dtype=torch.int32).view(1, 1, 96) % 48 // 16 * 16,
-        hi=torch.arange(0, 96, dtype=torch.int32).view(1, 1, 96) % 48,
-        glo=torch.zeros(1, 1, 96, dtype=torch.int32),
-        ghi=torch.zeros(1, 1, 96, dtype=torch.int32),
-        k_tokens=96,
-    )
-    check(apart, 16, 16)
-    assert apart.tiles(16, 16).has_gaps
+    assert {name for name, plan in PLANS.items() if plan.tiles(16, 16).has_gaps} == {"runs with gaps"}
 
 
 def test_the_border_of_two_documents_does_not_visit_what_lies_between_their_sinks():

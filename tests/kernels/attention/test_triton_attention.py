@@ -53,7 +53,7 @@ def test_out_lse_and_gradients_keep_the_error_budget(plan):
     check(plan, num_kv_heads=2)
 
 
-@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 80, 96, 128, 192, 256])
 def test_every_head_dim_keeps_the_error_budget(head_dim):
     check(sliding_window([[0, 20]], 37, window_tokens=17, num_sinks=2), head_dim=head_dim, num_heads=1, num_kv_heads=1)
 
@@ -66,6 +66,11 @@ def test_odd_lengths_keep_the_error_budget(row_tokens):
 @pytest.mark.parametrize("magnitude", [4.0, 16.0])
 def test_gradients_stay_exact_for_large_scores(magnitude):
     check(PLANS["anchor"], score_magnitude=magnitude, num_heads=2, num_kv_heads=1)
+
+
+def test_a_plan_with_gaps_is_one_for_these_tiles():
+    size = SMALL.keys if DEVICE == "cpu" else sizes.SINGLE_PRECISION.keys
+    assert PLANS["runs with gaps"].tiles(size.M, size.N).has_gaps
 
 
 def test_queries_that_see_nothing_give_zeros():
@@ -123,8 +128,8 @@ def test_inputs_need_not_be_contiguous():
 
 def test_what_the_kernels_are_not_built_for_is_refused(monkeypatch):
     plan = causal(1, 16).to(DEVICE)
-    q, k, v, _ = attention_inputs(plan, head_dim=48, dtype=torch.float32)
-    with pytest.raises(ValueError, match="head_dim of 64, 80, 96, 128, 256, got 48"):
+    q, k, v, _ = attention_inputs(plan, head_dim=100, dtype=torch.float32)
+    with pytest.raises(ValueError, match="head_dim of 8, 16, 24 and so on up to 256, got 100"):
         sparse_attention(q, k, v, plan, implementation="triton")
     q, k, v, _ = attention_inputs(plan, head_dim=64)
     with pytest.raises(ValueError, match=r"bfloat16, float16 or float32, got torch\.float64"):
