@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("lo", "hi", "glo", "ghi")
 LARGEST_TILE = 128
-"""Of queries. What belongs to queries is padded to a multiple of it, so that kernels read tiles of it without a mask."""
+"""Of queries. What belongs to queries is padded to a multiple of it, so that kernels read tiles without a mask."""
 
 
 @dataclass(frozen=True, eq=False)

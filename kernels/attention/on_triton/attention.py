@@ -110,10 +110,11 @@ def _backward_keys(
     )
     outputs = _tiled(dk, size.N), _tiled(dv, size.N), _tiled(partial_sums, size.N)
     attention_backward_keys[(len(tiles.key_items) * kv_heads,)](
-        _tiled(q, size.M), k, v, _tiled(dout, size.M), _rows(row_terms, size.M), *outputs, _rows(plan.padded_intervals, size.M),
-        tiles.key_items, tiles.key_runs, tiles.query_runs, *_lists(tiles, tiles.key_lists), *_strides(k), *_strides(v),
-        scale, scale * math.log2(math.e), q.shape[1], kv_heads, plan.plan_heads, k.shape[2], tiles.num_query_tiles,
-        tiles.num_key_tiles, HAS_LISTS=tiles.key_lists is not None, HAS_GAPS=tiles.has_gaps, **_constants(q, size),
+        _tiled(q, size.M), k, v, _tiled(dout, size.M), _rows(row_terms, size.M), *outputs,
+        _rows(plan.padded_intervals, size.M), tiles.key_items, tiles.key_runs, tiles.query_runs,
+        *_lists(tiles, tiles.key_lists), *_strides(k), *_strides(v), scale, scale * math.log2(math.e), q.shape[1],
+        kv_heads, plan.plan_heads, k.shape[2], tiles.num_query_tiles, tiles.num_key_tiles,
+        HAS_LISTS=tiles.key_lists is not None, HAS_GAPS=tiles.has_gaps, **_constants(q, size),
     )  # fmt: skip
     if len(tiles.split_tiles):
         dk_tiles, dv_tiles, sums = outputs
@@ -131,8 +132,8 @@ def _backward_queries(
     tiles = plan.tiles(size.M, size.N)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     attention_backward_queries[(len(tiles.query_order) * q.shape[1],)](
-        q, _tiled(k, size.N), _tiled(v, size.N), dout, row_terms, _tiled(dq, size.M), plan.padded_intervals, tiles.query_order,
-        tiles.query_runs, *_lists(tiles, tiles.query_lists), *_strides(q), *_strides(dout), scale,
+        q, _tiled(k, size.N), _tiled(v, size.N), dout, row_terms, _tiled(dq, size.M), plan.padded_intervals,
+        tiles.query_order, tiles.query_runs, *_lists(tiles, tiles.query_lists), *_strides(q), *_strides(dout), scale,
         scale * math.log2(math.e), q.shape[1], k.shape[1], plan.plan_heads, q.shape[2], _padded_tokens(q),
         tiles.num_query_tiles, HAS_LISTS=tiles.query_lists is not None, **_constants(q, size),
     )  # fmt: skip

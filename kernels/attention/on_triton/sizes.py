@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 HEAD_DIMS = range(8, 257, 8)
 """Tensor descriptors need rows of whole 16 bytes. Compiled and checked: 32, 64, 80, 96, 128, 192, 256."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

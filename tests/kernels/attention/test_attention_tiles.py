@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import random_plan
 
-from ropewalk.kernels.attention import AttentionPlan, anchor, block_lists, causal, sliding_window
+from ropewalk.kernels.attention import anchor, block_lists, causal, sliding_window
 
 TILES = [(16, 16), (32, 16), (16, 32)]
 
