@@ -12,6 +12,8 @@ from __future__ import annotations
 # The language is not the one that its types describe: constants are constexpr, arguments are not what is annotated.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # ruff: noqa: ANN001, ANN201
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -34,11 +36,13 @@ def rotate(
     num_tiles = triton.cdiv(num_tokens, TOKENS_OF_A_TILE)
     if batch * num_tiles == 0:
         return q_out, k_out
-    rotate_heads[(batch * num_tiles,)](
-        q, k, q_out, k_out, positions, frequencies.contiguous(), *_strides(q), *_strides(k), *_strides(q_out),
-        *_strides(k_out), positions.stride(0), positions.stride(1), scaling, num_tokens, num_tiles,
-        **constants(num_heads, k.shape[1], len(frequencies)), INVERSE=inverse, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    # A kernel starts on torch's current device, which need not be that of its tensors.
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+        rotate_heads[(batch * num_tiles,)](
+            q, k, q_out, k_out, positions, frequencies.contiguous(), *_strides(q), *_strides(k), *_strides(q_out),
+            *_strides(k_out), positions.stride(0), positions.stride(1), scaling, num_tokens, num_tiles,
+            **constants(num_heads, k.shape[1], len(frequencies)), INVERSE=inverse, num_warps=NUM_WARPS,
+        )  # fmt: skip
     for x, out in ((q, q_out), (k, k_out)):
         out[..., 2 * len(frequencies) :] = x[..., 2 * len(frequencies) :]
     return q_out, k_out

@@ -132,7 +132,7 @@ class Report:
         self.document: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "command": " ".join(["python", *sys.argv]),
-            "commit": code_version(),
+            "commit": commit(),
             "machine": machine() | {"gpu": gpu(shape.device)},
             "versions": {"python": platform.python_version(), **versions()},
             "preset": preset,
@@ -486,14 +486,6 @@ def _is_broken(device: str) -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def code_version() -> str:
-    """The commit, where there are git and a checkout."""
-    try:
-        return commit()
-    except OSError:
-        return "unknown"
 
 
 def gpu(device: str) -> dict[str, Any] | None:

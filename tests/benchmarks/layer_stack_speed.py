@@ -34,8 +34,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import kernels_in_place  # noqa: F401  # isort: skip  Makes `ropewalk` importable where it is not installed.
-from kernels_speed import code_version, gpu, synchronize, versions
-from measurements import machine
+from kernels_speed import gpu, synchronize, versions
+from measurements import commit, machine
 
 from ropewalk.stages.training.attention import ATTENTION_NAME, plan_for_rows, register
 
@@ -105,7 +105,7 @@ def main() -> None:
     document = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": " ".join(["python", *sys.argv]),
-        "commit": code_version(),
+        "commit": commit(),
         "machine": machine() | {"gpu": gpu(asked.device)},
         "versions": {"python": platform.python_version(), **versions()},
         "shape": preset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 # A kernel is launched with other arguments than its types describe.
 # pyright: reportArgumentType=false, reportCallIssue=false
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +53,17 @@ def check(q: Tensor) -> None:
         raise ValueError(f"triton attention takes a head_dim of 8, 16, 24 and so on up to 256, got {q.shape[-1]}")
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Kernels start on torch's current device, which need not be that of their tensors."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
+    with _on_device_of(q):
+        return _launch_forward(q, k, v, plan, scale)
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = (_describable(x) for x in (q, k, v))
     size = _sizes(q, plan).forward
     tiles = plan.tiles(size.M, size.N)
@@ -80,16 +91,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout = torch.zeros_like(out) if dout is None else dout
     dout, q, k, v, out = (_describable(x) for x in (dout, q, k, v, out))
-    row_terms = _row_terms(dout, out, lse, dlse)
-    dk, dv = _backward_keys(dout, q, k, v, row_terms, plan, scale)
-    return _backward_queries(dout, q, k, v, row_terms, plan, scale), dk, dv
+    with _on_device_of(q):
+        row_terms = _row_terms(dout, out, lse, dlse)
+        dk, dv = _backward_keys(dout, q, k, v, row_terms, plan, scale)
+        return _backward_queries(dout, q, k, v, row_terms, plan, scale), dk, dv
 
 
 def _row_terms(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
     lse = lse.contiguous()
     padded = _padded_tokens(dout)
     row_terms = torch.empty(*dout.shape[:2], 2, padded, dtype=torch.float32, device=dout.device)
-    grid = (padded // ROW_SUM_TILE, dout.shape[0] * dout.shape[1])
+    grid = (padded // ROW_SUM_TILE * dout.shape[0] * dout.shape[1],)
     given = lse if dlse is None else dlse.float().contiguous()
     row_sums[grid](
         dout, out, lse, given, row_terms, *_strides(dout), *_strides(out), dout.shape[1], dout.shape[2], padded,

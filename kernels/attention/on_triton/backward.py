@@ -47,9 +47,10 @@ def row_sums(
     HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """row_terms [B, H, 2, padded L], fp32: lse in the base of 2 with +inf in place of -inf, and delta."""
-    row = tl.program_id(1).to(tl.int64)
+    program, num_tiles = tl.program_id(0), padded_tokens // M
+    row = (program // num_tiles).to(tl.int64)
     b, head = row // num_heads, row % num_heads
-    first = tl.program_id(0) * M
+    first = program % num_tiles * M
     rows = first + tl.arange(0, M)
     dout_md = load_tile(dout + b * stride_db + head * stride_dh, stride_dl, first, q_tokens, M, D, D_PADDED)
     out_md = load_tile(out + b * stride_ob + head * stride_oh, stride_ol, first, q_tokens, M, D, D_PADDED)

@@ -92,9 +92,13 @@ def test_out_lse_and_gradients_keep_the_error_budget(name, row_tokens, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["anchor", "128 with sinks"])
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 192, 256])
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 64, 80, 96, 192, 256])
 def test_every_head_dim_keeps_the_error_budget(head_dim, name, dtype):
     check(plans(700)[name], dtype, head_dim=head_dim)
+
+
+def test_the_narrowest_heads_keep_the_error_budget_in_small_blocks():
+    check(plans(700)["block lists of 64"], torch.bfloat16, head_dim=8)
 
 
 @pytest.mark.parametrize("name", ["anchor", "block lists of 128"])

@@ -14,7 +14,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from ropewalk.kernels.rope import apply_rope
 from ropewalk.kernels.rope.angles import cos_and_sin, fixed_point
-from ropewalk.stages.training.rope import frequencies as frequencies_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = ["torch", "triton"]
@@ -66,8 +65,9 @@ def test_near_positions_give_what_transformers_gives(implementation, kind):
     config.rope_parameters = parameters
     q, k, _, _ = rope_inputs()
     position_ids = random_positions(2, 37, 64)
-    cos, sin = LlamaRotaryEmbedding(config).to(DEVICE)(q, position_ids)
-    inv_freq, scaling = frequencies_of(parameters, 64)
+    embedding = LlamaRotaryEmbedding(config).to(DEVICE)
+    cos, sin = embedding(q, position_ids)
+    inv_freq, scaling = embedding.inv_freq, embedding.attention_scaling
     assert (scaling > 1) == (kind == "yarn")
     found = apply_rope(
         q, k, position_ids, torch.tensor(inv_freq, dtype=torch.float64, device=DEVICE),
