@@ -9,6 +9,5 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$work" triton==3.6.0 numpy==2.3.5
 PYTHONPATH="$work" "$bin/python" -c 'import triton; assert triton.__version__ == "3.6.0"'
-# Set before the first import: it reads it no later.
-TRITON_INTERPRET=1 PYTHONPATH="$work" "$bin/python" -m pytest -q --numprocesses=2 --dist=loadfile tests/kernels/attention/test_triton_compiles.py \
+PYTHONPATH="$work" "$bin/python" -m pytest -q --numprocesses=2 --dist=loadfile tests/kernels/attention/test_triton_compiles.py \
     tests/kernels/attention/test_triton_attention.py tests/kernels/rope

@@ -1,13 +1,7 @@
 """The kernels against the dense fp64 reference: on a GPU where there is one, else in Triton's interpreter (fp32)."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from attention_plans import small_plans
 from numerics import assert_within_budget, attention_inputs, plain_attention
 

@@ -1,15 +1,10 @@
 """The chunked loss against all logits at once: values, gradients, masks, and how much memory there is at a time."""
 
 import importlib.util
-import os
 import weakref
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from numerics import DEVICES, assert_within_budget
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,13 +1,7 @@
 """Rope against its fp64 definition and transformers' own, and what the plain form loses at far positions."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from numerics import assert_within_budget
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
