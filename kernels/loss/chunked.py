@@ -106,7 +106,7 @@ def _losses(
     losses = torch.empty(len(hidden), dtype=working, device=hidden.device)
     dhidden = torch.empty_like(hidden) if needs_dhidden else None
     dweight = torch.zeros(weight.shape, dtype=working, device=weight.device) if needs_dweight else None
-    largest = None if shares is None else _largest(shares)
+    largest = losses.new_ones(()) if shares is None else _largest(shares)
     with torch.autocast(hidden.device.type, enabled=False):
         for begin in range(0, len(hidden), chunk_tokens):
             rows = slice(begin, begin + chunk_tokens)
@@ -115,7 +115,7 @@ def _losses(
             losses[rows], dhidden_CD = _chunk(hidden[rows], weight, targets[rows], shares_C, needs_dhidden, dweight)
             if dhidden is not None and dhidden_CD is not None:
                 dhidden[rows] = dhidden_CD.mul_(largest)
-    return losses, dhidden, dweight if dweight is None or largest is None else dweight.mul_(largest)
+    return losses, dhidden, None if dweight is None else dweight.mul_(largest)
 
 
 def _chunk(
